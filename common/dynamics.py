@@ -1,0 +1,274 @@
+"""Probabilistic ensemble of dynamics models (Chua et al. 2018, PETS; settings of Yu et al. 2020, MOPO).
+
+Every member predicts a diagonal Gaussian over (next_obs - obs, reward) from a standardised (obs, action). All members
+are computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
+
+    load_or_fit               a cache, so that twenty runs on one dataset fit the ensemble once
+    Dynamics.loss, .fit       maximum likelihood, bootstrap, early stopping and elites
+    Dynamics.predict          every member at every row, differentiable in obs and action
+    Dynamics.sample_elites    K samples of every elite
+    Dynamics.step             one sampled transition per row, by one elite per row: cheaper, where no penalty needs all
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from common.dataset import InputError, OfflineDataset, cache_dir
+
+WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
+FILE_VERSION = 1  # raise it when a change makes older cached ensembles wrong
+
+
+class MemberLinear(nn.Module):
+    """One linear layer per member: (num_members, batch, in_dim) -> (num_members, batch, out_dim)."""
+
+    def __init__(self, num_members: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_members, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_members, 1, out_dim))
+        std = 0.5 / math.sqrt(in_dim)
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor, members: Tensor | None) -> Tensor:
+        """members: index of those that x is for, None: all."""
+        if members is None:
+            return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[members], x, self.weight[members])
+
+
+class Dynamics(nn.Module):
+    """Ensemble of `num_members` Gaussian models; `elites` holds the indices of the best by holdout error.
+
+    Observations, actions (in [-1, 1]) and rewards go in and come out in the units of the dataset.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, num_members: int = 7, num_elites: int = 5, hidden: int = 200):
+        super().__init__()
+        self.obs_dim, self.num_members = obs_dim, num_members
+        sizes = [obs_dim + action_dim] + [hidden] * (len(WEIGHT_DECAY) - 1) + [2 * (obs_dim + 1)]
+        self.layers = nn.ModuleList(MemberLinear(num_members, i, o) for i, o in zip(sizes[:-1], sizes[1:]))
+        self.max_logvar = nn.Parameter(torch.full((obs_dim + 1,), 0.5))
+        self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
+        self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
+        self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
+        self.register_buffer("elites", torch.arange(num_elites))
+        self.register_buffer("holdout_mse", torch.full((num_members,), math.inf))
+
+    def forward(self, x: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of (next_obs - obs, reward).
+
+        x: (num_members, batch, obs_dim + action_dim), or (len(members), ...) for the members of that index.
+        Returns two tensors (num_members, batch, obs_dim + 1).
+        """
+        x = (x - self.input_mean) / self.input_std
+        for layer in self.layers[:-1]:
+            x = F.silu(layer(x, members))
+        mean, logvar = self.layers[-1](x, members).chunk(2, dim=-1)
+        # a soft clamp, so that the variance can neither explode off the data nor vanish on them
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
+
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every member at every row.
+
+        obs: (batch, obs_dim), action: (batch, action_dim). Returns the mean next_obs (num_members, batch, obs_dim), the
+        mean reward (num_members, batch) and the standard deviation of both (num_members, batch, obs_dim + 1).
+        """
+        mean, logvar = self(torch.cat([obs, action], dim=-1).expand(self.num_members, -1, -1))
+        return obs + mean[..., :-1], mean[..., -1], (0.5 * logvar).exp()
+
+    def sample_elites(self, obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """K transitions of every elite at every row.
+
+        noise: standard normal (K, num_elites, batch, obs_dim + 1). Returns next_obs (K, num_elites, batch, obs_dim) and
+        reward (K, num_elites, batch).
+        """
+        mean, logvar = self(torch.cat([obs, action], dim=-1).expand(len(self.elites), -1, -1), self.elites)
+        sample = mean + (0.5 * logvar).exp() * noise
+        return obs + sample[..., :-1], sample[..., -1]
+
+    def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """One sampled transition per row, each row by one elite: the rows are dealt out in equal shares.
+
+        order: a random permutation (batch,), which decides who gets which row; noise: standard normal
+        (batch, obs_dim + 1). Returns next_obs (batch, obs_dim) and reward (batch,).
+        """
+        num_elites, batch = len(self.elites), len(obs)
+        x = torch.cat([obs, action], dim=-1)[order]
+        x = F.pad(x, (0, 0, 0, -batch % num_elites)).view(num_elites, -1, x.shape[-1])
+        mean, logvar = (out.flatten(0, 1)[:batch] for out in self(x, self.elites))
+        sample = torch.empty_like(noise)
+        sample[order] = mean + (0.5 * logvar).exp() * noise[order]
+        return obs + sample[:, :-1], sample[:, -1]
+
+    # --- Fitting ---
+    #     sum_i mean[ (mu_i - y)^2 / sigma_i^2 + log sigma_i^2 ] + sum_layers wd/2 |W|^2 + 0.01 sum(vmax - vmin)
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: (num_members, batch, obs_dim + action_dim), y: (num_members, batch, obs_dim + 1). Returns a scalar."""
+        mean, logvar = self(x)
+        nll = ((mean - y).square() * (-logvar).exp() + logvar).mean(dim=(1, 2)).sum()
+        decay = sum(0.5 * wd * layer.weight.square().sum() for wd, layer in zip(WEIGHT_DECAY, self.layers, strict=True))
+        return nll + decay + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
+
+    @torch.no_grad()
+    def mse(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error of every member's mean, (num_members,). x: (rows, in_dim), y: (rows, obs_dim + 1)."""
+        return (self(x.expand(self.num_members, -1, -1))[0] - y).square().mean(dim=(1, 2))
+
+    def fit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        seed: int,
+        max_epochs: int | None = None,
+        patience: int = 5,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        compile: Callable = lambda function: function,
+        partial: Path | None = None,
+    ) -> int:
+        """Maximum likelihood on x (N, obs_dim + action_dim), y (N, obs_dim + 1) = (next_obs - obs, reward).
+
+        A member's weights are kept whenever its holdout error falls by more than 1 %; the fit stops when no member has
+        improved for more than `patience` epochs [MOPO code], or after `max_epochs`. With `partial`, a path, the state
+        is saved there about once a minute, and a killed fit goes on from it. `compile` wraps the function that computes
+        the gradients. Returns the number of epochs. Raises InputError when data are too few or the fit diverges.
+        """
+        if len(x) < 10:
+            raise InputError(f"a dynamics model needs 10 transitions with a known successor or more, not {len(x)}")
+        generator = torch.Generator(x.device).manual_seed(seed)
+        order = torch.randperm(len(x), generator=generator, device=x.device)
+        num_holdout = min(len(x) // 5, 1000)
+        holdout, train = order[:num_holdout], order[num_holdout:]
+        self._set_input_statistics(x, train)
+        # sampled once with replacement: members disagree where the data do not pin them down
+        shape = (self.num_members, len(train))
+        bootstrap = train[torch.randint(len(train), shape, generator=generator, device=x.device)]
+
+        params = list(self.parameters())
+        opt = torch.optim.Adam(params, lr, fused=True)
+        grads = compile(lambda bx, by: torch.autograd.grad(self.loss(bx, by), params))
+        member_params = [p for layer in self.layers for p in layer.parameters()]
+        best = [p.detach().clone() for p in member_params]
+        epoch = stale = 0
+        if partial and partial.exists():
+            state = torch.load(partial, map_location=x.device, weights_only=True)
+            self.load_state_dict(state["model"])
+            opt.load_state_dict(state["opt"])
+            generator.set_state(state["generator"].cpu())
+            best, epoch, stale = state["best"], state["epoch"], state["stale"]
+        batch_size = min(batch_size, len(train))
+        bar = tqdm(unit="minibatch", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+        saved = time.monotonic()
+        while stale <= patience and (max_epochs is None or epoch < max_epochs):
+            epoch += 1
+            bar.reset(len(train) // batch_size)
+            bar.set_description(f"dynamics, epoch {epoch}{f' of {max_epochs}' if max_epochs else ''}", refresh=False)
+            shuffle = [torch.randperm(len(train), generator=generator, device=x.device) for _ in bootstrap]
+            indices = bootstrap.gather(1, torch.stack(shuffle))
+            for block in indices[:, : len(train) // batch_size * batch_size].split(64 * batch_size, dim=1):
+                # gather 64 minibatches at once: fewer calls than one by one, less memory than a whole epoch
+                rows = block.reshape(self.num_members, -1, batch_size).transpose(0, 1).reshape(-1)
+                bx = x.index_select(0, rows).view(-1, self.num_members, batch_size, x.shape[1])
+                by = y.index_select(0, rows).view(-1, self.num_members, batch_size, y.shape[1])
+                for minibatch in zip(bx, by, strict=True):
+                    for p, grad in zip(params, grads(*minibatch), strict=True):
+                        p.grad = grad
+                    opt.step()
+                bar.update(len(bx))
+            mse = self.mse(x[holdout], y[holdout])
+            better = mse < 0.99 * self.holdout_mse
+            self.holdout_mse[better] = mse[better]
+            for kept, p in zip(best, member_params, strict=True):
+                kept[better] = p.detach()[better]
+            stale = 0 if better.any() else stale + 1
+            bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.tolist()))
+            if partial and time.monotonic() - saved > 60:
+                state = {"model": self.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
+                save(partial, state | {"best": best, "epoch": epoch, "stale": stale})
+                saved = time.monotonic()
+        bar.close()
+        if not self.holdout_mse.isfinite().all():
+            raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
+        with torch.no_grad():
+            for kept, p in zip(best, member_params, strict=True):
+                p.copy_(kept)
+        self.elites.copy_(self.holdout_mse.argsort()[: len(self.elites)])
+        return epoch
+
+    def _set_input_statistics(self, x: Tensor, train: Tensor) -> None:
+        for column in range(x.shape[1]):  # in float64, a column at a time: exact and small for a million rows
+            values = x[:, column][train].double()
+            mean, std = values.mean(), values.std()
+            constant = std <= 1e-6 * mean.abs() + 1e-12
+            self.input_mean[column], self.input_std[column] = mean, torch.where(constant, 1.0, std)
+
+
+def save(path: Path, state: dict) -> None:
+    """torch.save, atomic: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_or_fit(
+    data: OfflineDataset,
+    seed: int,
+    num_members: int = 7,
+    num_elites: int = 5,
+    max_epochs: int | None = None,
+    path: str = "",
+    compile: Callable = lambda function: function,
+) -> Dynamics:
+    """The ensemble of `data`: from the file `path`, else from the cache, else fitted and put into the cache.
+
+    The cache's key is the data's content, the settings and the seed. Returns the ensemble on the data's device, without
+    gradients to its weights. Raises InputError when the file is no ensemble or does not fit the data.
+    """
+    device, obs_dim, action_dim = data.obs.device, data.obs.shape[1], data.action.shape[1]
+    settings = {"num_members": num_members, "num_elites": num_elites, "max_epochs": max_epochs}
+    key = json.dumps([FILE_VERSION, data.data_hash, settings, seed])
+    file = Path(path) if path else cache_dir() / "dynamics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if path and not file.is_file():
+        raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
+    if file.is_file():
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+            sizes = [state["sizes"][name] for name in ("obs_dim", "action_dim", "num_members", "num_elites")]
+        except Exception as error:
+            raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
+        if sizes[:2] != [obs_dim, action_dim]:
+            raise InputError(f"{file} is for obs, action of {sizes[:2]} numbers, the data have {[obs_dim, action_dim]}")
+        dynamics = Dynamics(*sizes).to(device)
+        dynamics.load_state_dict(state["model"])
+        epochs, verb = state["epochs"], "reused"
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng():  # the weights depend on the seed alone, and nobody else's numbers depend on them
+            torch.manual_seed(seed)
+            dynamics = Dynamics(obs_dim, action_dim, num_members, num_elites).to(device)
+        known = data.successor_known
+        x = torch.cat([data.obs, data.action], dim=-1)[known]
+        y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
+        partial, start = file.with_suffix(".partial"), time.monotonic()
+        epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
+        sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "num_members": num_members, "num_elites": num_elites}
+        save(file, {"model": dynamics.state_dict(), "sizes": sizes, "epochs": epochs})
+        partial.unlink(missing_ok=True)
+        verb = f"fitted in {time.monotonic() - start:.0f} s"
+    mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.tolist())
+    elites = ", ".join(map(str, sorted(dynamics.elites.tolist())))
+    print(f"dynamics    {verb}, {epochs} epochs, holdout mse {mse}, elites {elites}, {file}")
+    return dynamics.requires_grad_(False)
