@@ -348,7 +348,7 @@ def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
     imageio.mimsave(path, env.render()[::2], duration=40, loop=0)
 
 
-# --- Settings and the run's folder ---
+# --- Settings, the run's folder, checkpoints: plumbing, the same in every script ---
 def read_args() -> Args:
     """Defaults, then TUNED or the resumed run's settings, then the command line. Says where a setting came from."""
     args = tyro.cli(Args)
@@ -396,8 +396,8 @@ def make_run_folder(args: Args) -> Path:
 
 
 def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'  # through the shell: nobody must have git
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "minari")}
     config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
     config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit, "command": " ".join(sys.argv)}
@@ -461,6 +461,7 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def main(args: Args) -> None:
+    start = time.monotonic()
     run = make_run_folder(args)
     print(f"run         {run}", flush=True)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -487,7 +488,8 @@ def main(args: Args) -> None:
     progress = {"update": 0, "seconds": 0.0, "penalty_mean": math.nan, "penalty_max": math.nan, "history": []}
     if args.resume and (run / "checkpoint.pt").exists():
         progress = load_checkpoint(run, agent, buffer, data)
-    first, history, start = progress["update"], progress["history"], time.monotonic() - progress["seconds"]
+    first, history = progress["update"], progress["history"]
+    start -= progress["seconds"]
     write_config(run, args, data)
     writer = SummaryWriter(run, purge_step=first + 1)
 
@@ -495,6 +497,7 @@ def main(args: Args) -> None:
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    mark = first, time.monotonic()
     interval = 0.1 if sys.stderr.isatty() else 30
     bar = tqdm(initial=first, total=args.num_updates, desc=ALGO, unit="update", mininterval=interval, leave=False)
 
@@ -511,9 +514,9 @@ def main(args: Args) -> None:
         info = step(sample_batch(real_rows, buffer, args), noise)
         bar.update()
         if i % args.eval_interval == 0 or i == args.num_updates:
+            updates_per_second = (i - mark[0]) / (time.monotonic() - mark[1])
             returns = evaluate(agent.actor, envs, data, [args.seed, i]) if envs else np.array([math.nan])
-            seconds = time.monotonic() - start
-            row = {"update": i, "seconds": seconds, "updates_per_second": i / seconds}
+            row = {"update": i, "seconds": time.monotonic() - start, "updates_per_second": updates_per_second}
             row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
             row |= {"normalised_score": float(data.normalised_score(returns.mean())), "model_buffer_size": buffer.size}
             row |= {name: progress[name] for name in ("penalty_mean", "penalty_max")}
@@ -523,6 +526,7 @@ def main(args: Args) -> None:
                 f"update {i:>9,}  return {returns.mean():8.1f} ± {returns.std():<6.1f}  normalised "
                 f"{row['normalised_score']:6.1f}  q {info['q']:8.1f}  penalty {row['penalty_mean']:.3f}"
             )
+            mark = i, time.monotonic()
         if stop or i % args.checkpoint_interval == 0 or i == args.num_updates:
             progress |= {"update": i, "seconds": time.monotonic() - start}
             save_checkpoint(run, agent, buffer, data, progress)

@@ -1,0 +1,263 @@
+"""A run from the command line: what it leaves, how it goes on after a kill, and what it says to bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import algos.mopo as mopo
+from common.dataset import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "--no-compile --num-threads 1 --num-updates 40 --eval-interval 20 --eval-episodes 2 --checkpoint-interval 10 "
+    "--rollout-batch-size 100 --rollout-interval 15 --batch-size 32 --dynamics-max-epochs 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where datasets and ensembles are kept: shared, so that the ensemble is fitted once for all tests."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run(home, tmp_path, monkeypatch):
+    """Calls the script in this process, with a tiny run's flags and then the given ones; returns the run's folder."""
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(home / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
+    (home / "minari").mkdir(exist_ok=True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*flags: str, tiny: bool = True) -> Path:
+        names = [] if "--resume" in flags or "--run-name" in flags else ["--run-name", "run"]
+        argv = [*(TINY if tiny else []), "--run-dir", str(tmp_path), *names, *flags]
+        monkeypatch.setattr(sys, "argv", ["mopo.py", *argv])
+        mopo.main(mopo.read_args())
+        return tmp_path / "run"
+
+    return call
+
+
+def command(home: Path, *flags: str, **kwargs) -> subprocess.Popen:
+    env = os.environ | {"OFFLINE_MBRL_CACHE": str(home / "cache"), "MINARI_DATASETS_PATH": str(home / "minari")}
+    (home / "minari").mkdir(exist_ok=True)
+    argv = [sys.executable, str(ROOT / "algos" / "mopo.py"), *TINY, *flags]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested dictionary by their path."""
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    return {k: v for key in value for k, v in tensors(value[key], f"{prefix}/{key}").items()} if value else {}
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
+    assert a["progress"]["update"] == b["progress"]["update"]
+    for name in ("agent", "rows", "rng"):
+        first, second = tensors(a[name]), tensors(b[name])
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+
+
+def progress(folder: Path) -> list[dict]:
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- What a run leaves ---
+def test_a_run_leaves_config_curves_checkpoint_and_policy(run, capsys):
+    folder = run()
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("curves") and "tensorboard --logdir" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["num_updates"] == 40 and config["algo"] == "mopo" and config["versions"]["torch"]
+    rows = progress(folder)
+    assert [int(row["update"]) for row in rows] == [20, 40]
+    assert all(-2000 < float(row["return_mean"]) < 0 for row in rows)
+    assert float(rows[0]["normalised_score"]) == pytest.approx((float(rows[0]["return_mean"]) + 1230) / 1080 * 100)
+    events = EventAccumulator(str(folder)).Reload()
+    wanted = {"critic_loss", "actor_loss", "q", "alpha", "penalty_mean", "penalty_max", "model_buffer_size"}
+    assert wanted | {"return_mean", "normalised_score", "updates_per_second"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("return_mean")] == [20, 40]
+    policy = torch.load(folder / "policy.pt", weights_only=True)
+    actor = mopo.Actor(3, 1)
+    actor.load_state_dict(policy["actor"])
+    assert policy["action_high"].item() == 2.0 and json.loads(policy["config"])["algo"] == "mopo"
+
+
+def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(run, capsys):
+    folder = run("--penalty-coef", "0.25")
+    out = capsys.readouterr().out.splitlines()
+    assert "setting     --penalty-coef 0.25 (command line)" in out
+    assert "setting     --score-evals 3 (TUNED for this dataset)" in out
+    assert next(line for line in out if not line.startswith("setting")) == f"run         {folder}"
+
+
+def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):
+    folder = run("--eval-interval", "10", "--score-evals", "2")
+    returns = [float(row["return_mean"]) for row in progress(folder)]
+    assert f"score       {np.mean(returns[-2:]):.1f} " in capsys.readouterr().out
+
+
+def test_evaluating_more_often_changes_nothing_else(run, tmp_path):
+    run("--run-name", "often", "--eval-interval", "5")
+    run("--run-name", "rarely", "--eval-interval", "40")
+    assert_same_checkpoint(tmp_path / "often", tmp_path / "rarely")
+    assert progress(tmp_path / "often")[-1]["return_mean"] == progress(tmp_path / "rarely")[-1]["return_mean"]
+
+
+def test_another_seed_gives_another_policy(run, tmp_path):
+    run("--run-name", "a")
+    run("--run-name", "b", "--seed", "1", "--dynamics", str(next(Path(os.environ["OFFLINE_MBRL_CACHE"]).rglob("*.pt"))))
+    a, b = (torch.load(tmp_path / name / "policy.pt", weights_only=True)["actor"] for name in "ab")
+    assert not torch.equal(a["net.0.weight"], b["net.0.weight"])
+
+
+def test_it_runs_from_any_directory_and_reuses_the_ensemble(home, tmp_path):
+    for word in ("fitted in", "reused"):
+        process = command(home, "--seed", "77", "--run-dir", str(tmp_path), cwd=tmp_path)
+        out, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, out
+        assert word in out
+    assert len(list(tmp_path.glob("pendulum-random-v0__mopo__77__*"))) == 2  # default names never collide
+
+
+def test_capture_video_films_the_final_policy(run):
+    folder = run("--capture-video")
+    assert (folder / "video.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    obs, action = rng.normal(size=(300, 2)), rng.uniform(-1, 1, (300, 1))
+    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
+    np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(300, bool), timeouts=np.arange(300) % 50 == 49)
+    folder = run("--dataset", str(tmp_path / "own.npz"))
+    out = capsys.readouterr().out
+    assert (folder / "policy.pt").exists() and "evaluation  none" in out and "score" not in out
+    assert {row["return_mean"] for row in progress(folder)} == {"nan"}
+
+
+# --- Going on ---
+def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(run, home, tmp_path):
+    run("--run-name", "whole", "--num-updates", "400", "--checkpoint-interval", "50")
+    flags = ("--run-name", "killed", "--num-updates", "400", "--checkpoint-interval", "50", "--run-dir", str(tmp_path))
+    process = command(home, *flags)
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert torch.load(checkpoint, weights_only=True)["progress"]["update"] < 400
+    run("--resume", str(tmp_path / "killed"), tiny=False)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
+    drop = ("seconds", "updates_per_second")
+    whole, killed = (
+        [{k: v for k, v in row.items() if k not in drop} for row in progress(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_prints_the_resume_command(home, tmp_path):
+    flags = ("--run-name", "run", "--num-updates", "100000", "--checkpoint-interval", "100000", "--eval-interval", "1")
+    process = command(home, *flags, "--run-dir", str(tmp_path))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "progress.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume {tmp_path / 'run'}" in out
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert 1 <= state["progress"]["update"] < 100_000
+
+
+def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
+    folder = run("--penalty-coef", "0.125", "--gamma", "0.9")
+    run("--resume", str(folder), "--num-updates", "60", tiny=False)
+    config = json.loads((folder / "config.json").read_text())["args"]
+    assert (config["penalty_coef"], config["gamma"], config["num_updates"]) == (0.125, 0.9, 60)
+    assert [int(row["update"]) for row in progress(folder)] == [20, 40, 60]
+
+
+# --- Bad input ---
+def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
+    folder = run()
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match="already holds a run.*--resume"):
+        run()
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--num-updates", "-1"), "--num-updates must be at least 1"),
+        (("--real-ratio", "2"), "--real-ratio must lie between 0 and 1"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--penalty-coef", "-1"), "--penalty-coef must be 0 or more"),
+        (("--penalty-coef", "nan"), "--penalty-coef must be 0 or more"),
+        (("--num-elites", "8"), "--num-elites 8 is more than --num-members 7"),
+        (("--env-id", "Hopper-v5"), "observations of 3 numbers but Hopper-v5 has 11"),
+        (("--env-id", "Hoper-v5"), "Hoper"),
+        (("--dataset", "no/such-v0"), "No dataset 'no/such-v0'"),
+        (("--dataset", "absent.hdf5"), "no file"),
+        (("--dynamics", "absent.pt"), "no ensemble at absent.pt"),
+        (("--termination", "nonsense"), "none of auto, known, learned, none and module:function"),
+        (("--resume", "absent"), "no run to resume"),
+        (("--run-name", "file/run"), "cannot write to"),
+    ],
+)
+def test_bad_input_gets_one_sentence(run, tmp_path, flags, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=words) as error:
+        run(*flags)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(run):
+    with pytest.raises(InputError, match="finds no GPU"):
+        run("--device", "cuda")
+
+
+def test_a_checkpoint_of_another_script_dataset_or_shape_is_refused(run, tmp_path):
+    folder = run()
+    state, config = torch.load(folder / "checkpoint.pt", weights_only=True), (folder / "config.json").read_text()
+    for change, words in (
+        ({"data_hash": "other"}, "another script or on other data"),
+        ({"algo": "combo"}, "another script or on other data"),
+        ({"agent": mopo.Agent(4, 2, mopo.Args()).state_dict()}, "cannot be resumed"),
+    ):
+        torch.save(state | change, folder / "checkpoint.pt")
+        with pytest.raises(InputError, match=words):
+            run("--resume", str(folder), tiny=False)
+    (folder / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(InputError, match="cannot be resumed"):
+        run("--resume", str(folder), tiny=False)
+    (folder / "config.json").write_text(config.replace('"mopo"', '"combo"', 1))
+    with pytest.raises(InputError, match="run of combo.py"):
+        run("--resume", str(folder), tiny=False)
+
+
+def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_path):
+    with h5py.File(tmp_path / "bad.hdf5", "w") as file:
+        file["observations"] = np.zeros((3, 2))
+    process = command(home, "--dataset", str(tmp_path / "bad.hdf5"), "--run-dir", str(tmp_path))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.splitlines()[-1].startswith("error: ") and "lacks actions" in out and "Traceback" not in out
