@@ -349,8 +349,8 @@ def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
 
 
 # --- Settings, the run's folder, checkpoints: plumbing, the same in every script ---
-def read_args() -> Args:
-    """Defaults, then TUNED or the resumed run's settings, then the command line. Says where a setting came from."""
+def read_args() -> tuple[Args, list[str]]:
+    """Defaults, then TUNED or the resumed run's settings, then the command line; and a line on each non-default."""
     args = tyro.cli(Args)
     if args.resume:
         config = Path(args.resume) / "config.json"
@@ -363,7 +363,7 @@ def read_args() -> Args:
     else:
         d4rl_name = f"d4rl/{Path(args.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
         base, origin = TUNED.get(args.dataset) or TUNED.get(d4rl_name, {}), "TUNED for this dataset"
-    args = tyro.cli(Args, default=replace(Args(), **base))
+    args, notes = tyro.cli(Args, default=replace(Args(), **base)), []
     for field in fields(Args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
         if field.name in ("gamma", "tau", "real_ratio") and not 0 <= value <= 1:
@@ -373,12 +373,12 @@ def read_args() -> Args:
         if type(value) is float and field.name != "target_entropy" and not value >= 0:
             raise InputError(f"{flag} must be 0 or more, not {value}")
         if value != field.default:
-            print(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
+            notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
     if args.num_elites > args.num_members:
         raise InputError(f"--num-elites {args.num_elites} is more than --num-members {args.num_members}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
-    return args
+    return args, notes
 
 
 def make_run_folder(args: Args) -> Path:
@@ -460,10 +460,10 @@ def compiled(function: Callable, args: Args) -> Callable:
     return call
 
 
-def main(args: Args) -> None:
+def main(args: Args, notes: list[str]) -> None:
     start = time.monotonic()
     run = make_run_folder(args)
-    print(f"run         {run}", flush=True)
+    print(f"run         {run}", *notes, sep="\n", flush=True)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or min(4, os.cpu_count() or 1))
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -551,7 +551,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(read_args())
+        main(*read_args())
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -43,7 +43,7 @@ def run(home, tmp_path, monkeypatch):
         names = [] if "--resume" in flags or "--run-name" in flags else ["--run-name", "run"]
         argv = [*(TINY if tiny else []), "--run-dir", str(tmp_path), *names, *flags]
         monkeypatch.setattr(sys, "argv", ["mopo.py", *argv])
-        mopo.main(mopo.read_args())
+        mopo.main(*mopo.read_args())
         return tmp_path / "run"
 
     return call
@@ -103,7 +103,7 @@ def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(r
     out = capsys.readouterr().out.splitlines()
     assert "setting     --penalty-coef 0.25 (command line)" in out
     assert "setting     --score-evals 3 (TUNED for this dataset)" in out
-    assert next(line for line in out if not line.startswith("setting")) == f"run         {folder}"
+    assert out[0] == f"run         {folder}"
 
 
 def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):
