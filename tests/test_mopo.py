@@ -25,6 +25,7 @@ def random_agent(args: mopo.Args, dtype=torch.float64, seed: int = 0) -> mopo.Ag
     agent = mopo.Agent(OBS_DIM, ACTION_DIM, args).to(dtype)
     with torch.no_grad():
         agent.actor.net[-1].weight.mul_(30)
+        agent.actor.net[-1].bias[ACTION_DIM:] += torch.tensor([-3.5, 1.0])
         for p in agent.target_critic.parameters():
             p.add_(0.03 * torch.randn_like(p))
     return agent

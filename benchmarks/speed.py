@@ -1,0 +1,248 @@
+"""Speed of training at HalfCheetah's sizes: ours compiled and eager, a plain modular version, and OfflineRL-Kit.
+
+Contestants take turns, repetition by repetition, in one process; a ratio is the median over repetitions of the ratio
+within one. Results go to benchmarks/results/speed-<threads>-threads.json.
+Run: python benchmarks/speed.py --num-threads 1 --peer path/to/OfflineRL-Kit
+"""
+
+import copy
+import json
+import os
+import platform
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algos import mopo  # noqa: E402
+from common.dynamics import Dynamics  # noqa: E402
+
+OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
+NUM_UPDATES, NUM_MINIBATCHES = 200, 30  # of one repetition
+
+
+@dataclass
+class Args:
+    num_threads: int = 1  # CPU threads
+    repetitions: int = 5  # of every contestant, in turns
+    num_starts: int = 50_000  # start states of a rollout of 5 steps
+    peer: Path | None = None  # folder of a checkout of OfflineRL-Kit
+    matmul_precision: str = "highest"  # of ours: highest, high or medium
+
+
+def random_rows(seed: int = 0) -> torch.Tensor:
+    """Flat rows of made-up transitions, (NUM_ROWS, 2 OBS_DIM + ACTION_DIM + 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = torch.randn(NUM_ROWS, OBS_DIM, generator=generator)
+    action = torch.rand(NUM_ROWS, ACTION_DIM, generator=generator) * 2 - 1
+    reward = torch.randn(NUM_ROWS, 1, generator=generator)
+    next_obs = obs + 0.1 * torch.randn(NUM_ROWS, OBS_DIM, generator=generator)
+    return torch.cat([obs, action, reward, next_obs, torch.zeros(NUM_ROWS, 1)], dim=1)
+
+
+# --- Contestants: kind of work -> a function that does one repetition of it and returns how many things it did ---
+def ours(args: Args, compile: bool) -> dict[str, Callable[[], int]]:
+    """The functions of algos/mopo.py and common/dynamics.py as `main` calls them."""
+    settings = replace(mopo.Args(), compile=compile, rollout_batch_size=args.num_starts)
+    torch.manual_seed(0)
+    rows, dynamics, agent = random_rows(), Dynamics(OBS_DIM, ACTION_DIM), mopo.Agent(OBS_DIM, ACTION_DIM, settings)
+    buffer = mopo.ModelBuffer(args.num_starts * 25, rows.shape[1], torch.device("cpu"))
+    buffer.add(rows[: len(buffer.rows)])
+    step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, settings), settings)
+    x, y = rows[:, : OBS_DIM + ACTION_DIM], torch.cat([rows[:, 24:41] - rows[:, :17], rows[:, 23:24]], dim=1)
+    size, graphs = NUM_MINIBATCHES * BATCH_SIZE + 1000, {}
+
+    def compile_once(function: Callable) -> Callable:
+        return graphs.setdefault("fit", mopo.compiled(function, settings))
+
+    def updates(num: int = NUM_UPDATES) -> int:
+        for _ in range(num):
+            step(mopo.sample_batch(rows, buffer, settings), torch.randn(2, BATCH_SIZE, ACTION_DIM))
+        return num
+
+    def minibatches() -> int:
+        dynamics.requires_grad_(True).fit(x[:size], y[:size], seed=0, max_epochs=1, compile=compile_once)
+        return NUM_MINIBATCHES
+
+    def rollout() -> int:
+        starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
+        never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
+        new, _ = mopo.rollout(dynamics, agent.actor, never, starts, settings)
+        buffer.add(new)
+        return len(new)
+
+    def epoch() -> int:
+        rollout()
+        return updates(1_000) // 1_000
+
+    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout, "epoch": epoch}
+
+
+def mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def plain(args: Args) -> dict[str, Callable[[], int]]:
+    """The same update as most would write it: two critics, torch.distributions, three optimizers, losses as numbers."""
+    torch.manual_seed(0)
+    rows = random_rows()
+    actor, critics = mlp([OBS_DIM, 256, 256, 2 * ACTION_DIM]), [mlp([OBS_DIM + ACTION_DIM, 256, 256, 1]) for _ in "12"]
+    targets = [copy.deepcopy(critic) for critic in critics]
+    log_alpha = torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam
+    actor_opt, alpha_opt = adam(actor.parameters(), 1e-4), adam([log_alpha], 1e-4)
+    critic_opts = [adam(critic.parameters(), 3e-4) for critic in critics]
+
+    def act(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = actor(obs).chunk(2, dim=-1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
+        raw = normal.rsample()
+        action = torch.tanh(raw)
+        return action, (normal.log_prob(raw) - torch.log(1 - action.square() + 1e-6)).sum(-1, keepdim=True)
+
+    def updates() -> int:
+        for _ in range(NUM_UPDATES):
+            batch = rows[torch.randint(NUM_ROWS, (BATCH_SIZE,))]
+            obs, action, reward, next_obs, terminal = batch.split([OBS_DIM, ACTION_DIM, 1, OBS_DIM, 1], dim=-1)
+            with torch.no_grad():
+                next_action, next_log_prob = act(next_obs)
+                next_q = torch.min(*(q(torch.cat([next_obs, next_action], -1)) for q in targets))
+                target = reward + 0.99 * (1 - terminal) * (next_q - log_alpha.exp() * next_log_prob)
+            for critic, opt in zip(critics, critic_opts, strict=True):
+                loss = F.mse_loss(critic(torch.cat([obs, action], -1)), target)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                loss.item()
+            new_action, log_prob = act(obs)
+            q = torch.min(*(q(torch.cat([obs, new_action], -1)) for q in critics))
+            loss = (log_alpha.exp().detach() * log_prob - q).mean()
+            actor_opt.zero_grad()
+            loss.backward()
+            actor_opt.step()
+            alpha_loss = -(log_alpha * (log_prob.detach() - ACTION_DIM)).mean()
+            alpha_opt.zero_grad()
+            alpha_loss.backward()
+            alpha_opt.step()
+            loss.item(), alpha_loss.item()
+            for target_critic, critic in zip(targets, critics, strict=True):
+                for old, new in zip(target_critic.parameters(), critic.parameters(), strict=True):
+                    old.data.copy_(0.995 * old.data + 0.005 * new.data)
+        return NUM_UPDATES
+
+    return {"update": updates}
+
+
+def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
+    """OfflineRL-Kit's own classes, put together as in its run_example/run_mopo.py."""
+    for name in ("gym", "gym.envs", "gym.envs.mujoco"):  # it imports an old gym, which this benchmark does not need
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["gym"].Env, sys.modules["gym"].spaces = object, types.SimpleNamespace(Space=object, Box=object)
+    sys.modules["gym.envs.mujoco"].mujoco_env = types.SimpleNamespace(MujocoEnv=object)
+    sys.path.insert(0, str(args.peer))
+    from offlinerlkit.buffer import ReplayBuffer
+    from offlinerlkit.dynamics import EnsembleDynamics
+    from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
+    from offlinerlkit.nets import MLP
+    from offlinerlkit.policy import MOPOPolicy
+    from offlinerlkit.utils.scaler import StandardScaler
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    rows = random_rows().numpy()
+    obs, action, reward, next_obs, terminal = np.split(rows, np.cumsum([OBS_DIM, ACTION_DIM, 1, OBS_DIM]), axis=1)
+    gaussian = TanhDiagGaussian(256, ACTION_DIM, unbounded=True, conditioned_sigma=True)
+    actor = ActorProb(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), gaussian, "cpu")
+    critics = [Critic(MLP(input_dim=OBS_DIM + ACTION_DIM, hidden_dims=[256, 256]), "cpu") for _ in "12"]
+    log_alpha = torch.zeros(1, requires_grad=True)
+    decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
+    model = EnsembleDynamicsModel(OBS_DIM, ACTION_DIM, [200] * 4, 7, 5, weight_decays=decay, device="cpu")
+    never = lambda obs, action, next_obs: np.zeros((len(obs), 1), dtype=bool)  # noqa: E731
+    scaler = StandardScaler()
+    scaler.fit(rows[:, : OBS_DIM + ACTION_DIM])
+    dynamics = EnsembleDynamics(model, torch.optim.Adam(model.parameters(), lr=1e-3), scaler, never, penalty_coef=1.0)
+    optims = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip([actor, *critics], (1e-4, 3e-4, 3e-4))]
+    alpha = (-ACTION_DIM, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4))
+    policy = MOPOPolicy(dynamics, actor, *critics, *optims, alpha=alpha)
+    dtypes = {"obs_dtype": np.float32, "action_dtype": np.float32, "device": "cpu"}
+    sizes = {"obs_shape": (OBS_DIM,), "action_dim": ACTION_DIM} | dtypes
+    real, fake = ReplayBuffer(NUM_ROWS, **sizes), ReplayBuffer(args.num_starts * 25, **sizes)
+    columns = {"obss": obs, "next_obss": next_obs, "actions": action, "rewards": reward, "terminals": terminal}
+    real.add_batch(**columns)
+    fake.add_batch(**columns)
+
+    def updates(num: int = NUM_UPDATES) -> int:
+        num_real = int(0.05 * BATCH_SIZE)
+        for _ in range(num):
+            policy.learn({"real": real.sample(num_real), "fake": fake.sample(BATCH_SIZE - num_real)})
+        return num
+
+    def minibatches() -> int:
+        inputs, targets = scaler.transform(rows[:, : OBS_DIM + ACTION_DIM]), np.concatenate([next_obs - obs, reward], 1)
+        index = np.random.randint(NUM_ROWS, size=(7, NUM_MINIBATCHES * BATCH_SIZE))
+        dynamics.learn(inputs[index], targets[index], BATCH_SIZE)
+        return NUM_MINIBATCHES
+
+    def rollout() -> int:
+        transitions, info = policy.rollout(real.sample(args.num_starts)["observations"].numpy(), 5)
+        fake.add_batch(**transitions)
+        return info["num_transitions"]
+
+    def epoch() -> int:
+        rollout()
+        return updates(1_000) // 1_000
+
+    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout, "epoch": epoch}
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    contestants = {"ours": ours(args, True), "ours, --no-compile": ours(args, False), "plain": plain(args)}
+    if args.peer:
+        contestants["OfflineRL-Kit"] = offlinerl_kit(args)
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for work in ("update", "ensemble minibatch", "rollout transition", "epoch"):
+        takers = {name: parts[work] for name, parts in contestants.items() if work in parts}
+        if work == "rollout transition" or work == "epoch":
+            takers.pop("ours, --no-compile")  # rollouts are never compiled
+        seconds[work] = {name: [] for name in takers}
+        for function in takers.values() if work != "epoch" else ():
+            function()  # compiles, fills caches
+        for _ in range(args.repetitions):
+            for name, function in takers.items():
+                start = time.perf_counter()
+                count = function()
+                seconds[work][name].append((time.perf_counter() - start) / count)
+
+    print(f"{args.num_threads} threads, {args.matmul_precision} precision, {args.repetitions} repetitions\n")
+    print("| | " + " | ".join(contestants) + " |" + "".join(f" ours / {name} |" for name in list(contestants)[1:]))
+    print("| --- |" + " --- |" * (2 * len(contestants) - 1))
+    for work, times in seconds.items():
+        rates = [f"{1 / median(times[name]):,.4g}/s" if name in times else "" for name in contestants]
+        ratios = [
+            f"{median(b / a for a, b in zip(times['ours'], times[name], strict=True)):.2f}" if name in times else ""
+            for name in list(contestants)[1:]
+        ]
+        print(f"| {work} | " + " | ".join(rates + ratios) + " |")
+    about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    about |= {"threads": args.num_threads, "matmul_precision": args.matmul_precision, "seconds": seconds}
+    precision = "" if args.matmul_precision == "highest" else f"-{args.matmul_precision}"
+    path = Path(__file__).parent / "results" / f"speed-{args.num_threads}-threads{precision}.json"
+    path.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
