@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -400,7 +401,8 @@ def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "minari")}
     config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
-    config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit, "command": " ".join(sys.argv)}
+    config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit}
+    config["command"] = shlex.join(["python", f"algos/{ALGO}.py", *sys.argv[1:]])
     (run / "config.json.tmp").write_text(json.dumps(config, indent=2))
     os.replace(run / "config.json.tmp", run / "config.json")
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import shutil
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -256,20 +258,20 @@ def test_target_critic_moves_by_tau_of_the_difference_to_the_new_critic(tau):
 
 def test_adam_equals_that_of_torch_with_the_learning_rate_of_its_buffer():
     torch.manual_seed(0)
-    ours = [torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    ours = [torch.randn(4, 3).double().requires_grad_(True), torch.randn(3).double().requires_grad_(True)]
     theirs = [p.detach().clone().requires_grad_(True) for p in ours]
-    x, y = torch.randn(16, 4), torch.randn(16, 3)
-    adam, reference = mopo.Adam(ours, 0.02), torch.optim.Adam(theirs, 0.02)
+    x, y = torch.randn(16, 4).double(), torch.randn(16, 3).double()
+    adam, reference = mopo.Adam(ours, 0.02).double(), torch.optim.Adam(theirs, 0.02)
     for step in range(20):
         if step == 10:
-            adam.lr.fill_(0.005)
+            adam.lr.fill_(0.005)  # as a schedule does
             reference.param_groups[0]["lr"] = 0.005
         adam.minimize((x @ ours[0] + ours[1] - y).square().mean())
         reference.zero_grad()
         (x @ theirs[0] + theirs[1] - y).square().mean().backward()
         reference.step()
         for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 def plain_mlp(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> nn.Sequential:
@@ -351,7 +353,7 @@ def test_updates_equal_those_of_a_plain_sac_with_two_critics(log_alpha):
         info = mopo.update(agent, as_rows(batch), noise, args)
         expected = plain.update(batch, noise)
         for name, value in expected.items():
-            assert info[name].item() == pytest.approx(float(value), rel=1e-5), (step, name)
+            assert info[name].item() == pytest.approx(float(torch.as_tensor(value).detach()), rel=1e-5), (step, name)
     for ours, theirs in (
         (plain_mlp([(p.T, b) for p, b in zip(*[iter(agent.actor.parameters())] * 2)]), plain.actor),
         (plain_critic(agent.critic, 0), plain.q1),
@@ -366,14 +368,16 @@ def test_updates_equal_those_of_a_plain_sac_with_two_critics(log_alpha):
 
 
 # --- Compilation ---
-def test_compiled_and_eager_updates_agree():
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_and_eager_updates_agree(capsys):
     args = mopo.Args(actor_lr=1e-4)
     eager = random_agent(args, torch.float32)
     with torch.no_grad():
         eager.actor.net[-1].weight.div_(30)
     agent = copy.deepcopy(eager)
-    step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args)
+    compiled = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args)
     start = snapshot(agent)
+    step = torch._inductor.config.patch({"cpp.vec_isa_ok": True})(compiled)  # skips test compilations, ten seconds
     for i in range(50):
         for a in (agent, eager):
             a.actor_opt.lr.fill_(args.actor_lr * (1 - i / 50))  # a schedule must reach the graph
@@ -386,6 +390,7 @@ def test_compiled_and_eager_updates_agree():
             moved = (value - start[name]).abs().max().item()
             torch.testing.assert_close(agent.state_dict()[name], value, rtol=1e-4, atol=1e-2 * moved, msg=name)
     assert agent.actor_opt.step.item() == 50
+    assert capsys.readouterr().out == ""  # it really was compiled
 
 
 def test_compile_switched_off_gives_the_function_itself():
@@ -393,7 +398,7 @@ def test_compile_switched_off_gives_the_function_itself():
 
 
 @pytest.mark.parametrize("compiler", ["absent", "broken"])
-def test_without_a_cpp_compiler_updates_go_on_eagerly_after_one_line(compiler, tmp_path, monkeypatch, capsys):
+def test_without_a_cpp_compiler_updates_go_on_eagerly_after_one_line(compiler, tmp_path, capsys):
     fake = tmp_path / "g++"
     if compiler == "broken":  # it answers when asked for its version but compiles nothing
         fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && { echo 'g++ 12.2.0'; exit 0; }\nexit 1\n")
@@ -402,9 +407,8 @@ def test_without_a_cpp_compiler_updates_go_on_eagerly_after_one_line(compiler, t
     eager = random_agent(args, torch.float32)
     agent = copy.deepcopy(eager)
     rows, noise = as_rows(random_batch(torch.float32)), random_noise(torch.float32)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(fake)))
     torch._dynamo.reset()
-    with fresh_cache():
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(fake))}), fresh_cache():
         step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args)
         infos = [step(rows, noise) for _ in range(3)]
     torch._dynamo.reset()
@@ -482,7 +486,7 @@ def never(obs, action, next_obs):
 
 
 def distinct_starts(num: int) -> torch.Tensor:
-    return torch.arange(num, dtype=torch.float32)[:, None] / 64 + torch.tensor([0.0, 1000.0, -1000.0])
+    return torch.arange(num, dtype=torch.float32)[:, None] / 64 + torch.tensor([0.0, 1.0, -1.0])
 
 
 def run_rollout(dynamics, starts, terminal_fn=never, seed: int = 0, **settings):
@@ -701,6 +705,16 @@ def hand_loop(env_id: str, actor: mopo.Actor, high: float, seed: int) -> tuple[f
     return total, steps
 
 
+def gentle_actor() -> mopo.Actor:
+    """So weak that the time until the pendulum falls depends on where it starts."""
+    torch.manual_seed(3)
+    actor = mopo.Actor(4, 1)
+    with torch.no_grad():
+        actor.net[-1].weight.mul_(0.1)
+        actor.net[-1].bias.zero_()
+    return actor
+
+
 def test_evaluation_returns_the_undiscounted_return_of_one_episode_per_environment():
     torch.manual_seed(3)
     actor, envs = mopo.Actor(3, 1), vector_env("Pendulum-v1", 3)
@@ -711,8 +725,7 @@ def test_evaluation_returns_the_undiscounted_return_of_one_episode_per_environme
 
 
 def test_evaluation_stops_counting_where_an_episode_has_ended():
-    torch.manual_seed(3)
-    actor, envs = mopo.Actor(4, 1), vector_env("InvertedPendulum-v5", 6)
+    actor, envs = gentle_actor(), vector_env("InvertedPendulum-v5", 6)
     returns = mopo.evaluate(actor, envs, box_data(4, 3.0), [0, 500])
     results = [hand_loop("InvertedPendulum-v5", actor, 3.0, seed) for seed in envs.seeds]
     lengths = [steps for _, steps in results]
@@ -721,8 +734,7 @@ def test_evaluation_stops_counting_where_an_episode_has_ended():
 
 
 def test_evaluation_follows_from_its_seed_alone_and_leaves_random_states_alone():
-    torch.manual_seed(3)
-    actor, envs, data = mopo.Actor(4, 1), vector_env("InvertedPendulum-v5", 6), box_data(4, 3.0)
+    actor, envs, data = gentle_actor(), vector_env("InvertedPendulum-v5", 6), box_data(4, 3.0)
     torch.manual_seed(11)
     np.random.seed(11)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
