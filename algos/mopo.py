@@ -325,6 +325,17 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
 
 
 # --- Evaluation ---
+def make_envs(data: OfflineDataset, num_envs: int) -> gym.vector.VectorEnv | None:
+    """The environments to evaluate in; None, and a line that says so, where the data name none."""
+    if data.env_spec is None:
+        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
+        return None
+    try:
+        return gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * num_envs)
+    except Exception as error:  # what a package that is missing or too old raises
+        raise InputError(f"cannot make {data.env_spec.id} ({error}): install its package, or give --env-id") from None
+
+
 @torch.no_grad()
 def evaluate(actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: list[int]) -> np.ndarray:
     """Undiscounted returns (num_envs,) of the deterministic policy, one episode per environment.
@@ -343,10 +354,13 @@ def evaluate(actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, see
 
 
 def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
-    """The first environment's episode of an evaluation as a gif."""
-    env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
-    evaluate(actor, gym.vector.SyncVectorEnv([lambda: env]), data, [0])
-    imageio.mimsave(path, env.render()[::2], duration=40, loop=0)
+    """One episode as a gif."""
+    try:
+        env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
+        evaluate(actor, gym.vector.SyncVectorEnv([lambda: env]), data, [0])
+        imageio.mimsave(path, env.render()[::2], duration=40, loop=0)
+    except Exception as error:  # no display, no driver: what it raises depends on the environment
+        print(f"video       none, {data.env_spec.id} cannot be rendered here ({error})")
 
 
 # --- Settings, the run's folder, checkpoints: plumbing, the same in every script ---
@@ -476,9 +490,7 @@ def main(args: Args, notes: list[str]) -> None:
     data = load_dataset(args.dataset, device, args.env_id or None)
     print(data.summary())
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
-    envs = data.env_spec and gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * args.eval_episodes)
-    if envs is None:
-        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
+    envs = make_envs(data, args.eval_episodes)
     terminal_fn = termination_fn(args.termination, data, args.seed)
     ensemble = {"num_members": args.num_members, "num_elites": args.num_elites, "max_epochs": args.dynamics_max_epochs}
     dynamics = load_or_fit(data, args.seed, **ensemble, path=args.dynamics, compile=lambda f: compiled(f, args))

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -140,6 +142,14 @@ def test_capture_video_films_the_final_policy(run):
     assert (folder / "video.gif").read_bytes()[:3] == b"GIF"
 
 
+def test_a_video_that_cannot_be_made_loses_nothing(run, monkeypatch, capsys):
+    monkeypatch.setattr(mopo.gym.wrappers, "RenderCollection", lambda env: 1 / 0)
+    folder = run("--capture-video")
+    out = capsys.readouterr().out
+    assert "video       none" in out and "score" in out
+    assert (folder / "policy.pt").exists() and not (folder / "video.gif").exists()
+
+
 def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     obs, action = rng.normal(size=(300, 2)), rng.uniform(-1, 1, (300, 1))
@@ -227,6 +237,12 @@ def test_bad_input_gets_one_sentence(run, tmp_path, flags, words):
     with pytest.raises(InputError, match=words) as error:
         run(*flags)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_environment_whose_package_is_missing_is_refused():
+    spec = gym.envs.registration.EnvSpec("Missing-v0", entry_point="no_such_package:Env")
+    with pytest.raises(InputError, match="cannot make Missing-v0.*give --env-id"):
+        mopo.make_envs(SimpleNamespace(env_spec=spec), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
