@@ -557,8 +557,9 @@ def main(args: Args, notes: list[str]) -> None:
     if envs and history:
         last, behaviour = history[-args.score_evals :], data.episode_returns.mean()
         score = np.mean([row["return_mean"] for row in last])
-        for name, value in ((f"mean of the last {len(last)} evaluations", score), ("mean of the data", behaviour)):
-            print(f"score       {value:.1f} (normalised {data.normalised_score(value):.1f}), {name}")
+        last_mean, data_mean = f"mean of the last {len(last)} evaluations", "mean of the data's episodes"
+        for name, value, what in (("score", score, last_mean), ("behaviour", behaviour, data_mean)):
+            print(f"{name:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), {what}")
     if envs and args.capture_video:
         film(agent.actor, data, run / "video.gif")
     print(f"run         {run}\ncurves      tensorboard --logdir {args.run_dir}")
