@@ -17,6 +17,7 @@ Run: python algos/mopo.py
 import copy
 import csv
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -410,6 +411,12 @@ def make_run_folder(args: Args) -> Path:
     return run
 
 
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a kill leaves the old file or the new one."""
+    path.with_name(f"{path.name}.tmp").write_text(text)
+    os.replace(path.with_name(f"{path.name}.tmp"), path)
+
+
 def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
     git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'  # through the shell: nobody must have git
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
@@ -417,8 +424,7 @@ def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
     config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
     config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit}
     config["command"] = shlex.join(["python", f"algos/{ALGO}.py", *sys.argv[1:]])
-    (run / "config.json.tmp").write_text(json.dumps(config, indent=2))
-    os.replace(run / "config.json.tmp", run / "config.json")
+    write_text(run / "config.json", json.dumps(config, indent=2))
 
 
 def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> None:
@@ -426,11 +432,10 @@ def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> Non
     for name, value in history[-1].items():
         writer.add_scalar(name, value, history[-1]["update"])
     writer.flush()
-    with open(run / "progress.csv.tmp", "w", newline="") as file:
-        table = csv.DictWriter(file, list(history[-1]))
-        table.writeheader()
-        table.writerows(history)
-    os.replace(run / "progress.csv.tmp", run / "progress.csv")
+    table = csv.DictWriter(text := io.StringIO(), list(history[-1]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_text(run / "progress.csv", text.getvalue())
 
 
 def save_checkpoint(run: Path, agent: Agent, buffer: ModelBuffer, data: OfflineDataset, progress: dict) -> None:

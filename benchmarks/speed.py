@@ -14,6 +14,7 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -81,11 +82,7 @@ def ours(args: Args, compile: bool) -> dict[str, Callable[[], int]]:
         buffer.add(new)
         return len(new)
 
-    def epoch() -> int:
-        rollout()
-        return updates(1_000) // 1_000
-
-    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout, "epoch": epoch}
+    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout}
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
@@ -200,11 +197,14 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
         fake.add_batch(**transitions)
         return info["num_transitions"]
 
-    def epoch() -> int:
-        rollout()
-        return updates(1_000) // 1_000
+    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout}
 
-    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout, "epoch": epoch}
+
+def epoch(parts: dict[str, Callable]) -> int:
+    """One rollout and the 1,000 updates that follow it."""
+    parts["rollout transition"]()
+    parts["update"](1_000)
+    return 1
 
 
 def main(args: Args) -> None:
@@ -213,6 +213,9 @@ def main(args: Args) -> None:
     contestants = {"ours": ours(args, True), "ours, --no-compile": ours(args, False), "plain": plain(args)}
     if args.peer:
         contestants["OfflineRL-Kit"] = offlinerl_kit(args)
+    for parts in contestants.values():
+        if "rollout transition" in parts:
+            parts["epoch"] = partial(epoch, dict(parts))
     seconds: dict[str, dict[str, list[float]]] = {}
     for work in ("update", "ensemble minibatch", "rollout transition", "epoch"):
         takers = {name: parts[work] for name, parts in contestants.items() if work in parts}
