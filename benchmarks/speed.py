@@ -30,6 +30,7 @@ from common.dynamics import Dynamics  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
 NUM_UPDATES, NUM_MINIBATCHES = 200, 30  # of one repetition
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -57,14 +58,14 @@ def ours(args: Args, compile: bool) -> dict[str, Callable[[], int]]:
     settings = replace(mopo.Args(), compile=compile, rollout_batch_size=args.num_starts)
     torch.manual_seed(0)
     rows, dynamics, agent = random_rows(), Dynamics(OBS_DIM, ACTION_DIM), mopo.Agent(OBS_DIM, ACTION_DIM, settings)
-    buffer = mopo.ModelBuffer(args.num_starts * 25, rows.shape[1], torch.device("cpu"))
+    buffer = mopo.ModelBuffer(args.num_starts * 25, rows.shape[1], CPU)
     buffer.add(rows[: len(buffer.rows)])
-    step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, settings), settings)
+    step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, settings), settings, CPU)
     x, y = rows[:, : OBS_DIM + ACTION_DIM], torch.cat([rows[:, 24:41] - rows[:, :17], rows[:, 23:24]], dim=1)
     size, graphs = NUM_MINIBATCHES * BATCH_SIZE + 1000, {}
 
     def compile_once(function: Callable) -> Callable:
-        return graphs.setdefault("fit", mopo.compiled(function, settings))
+        return graphs.setdefault("fit", mopo.compiled(function, settings, CPU))
 
     def updates(num: int = NUM_UPDATES) -> int:
         for _ in range(num):
@@ -207,9 +208,16 @@ def epoch(parts: dict[str, Callable]) -> int:
     return 1
 
 
+def set_precision(name: str, args: Args) -> None:
+    """Ours as algos/mopo.py sets it, everybody else's as torch leaves it."""
+    if name.startswith("ours"):
+        mopo.set_matmul_precision(args.matmul_precision, CPU)
+    else:
+        torch.set_float32_matmul_precision("highest")
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     contestants = {"ours": ours(args, True), "ours, --no-compile": ours(args, False), "plain": plain(args)}
     if args.peer:
         contestants["OfflineRL-Kit"] = offlinerl_kit(args)
@@ -222,10 +230,12 @@ def main(args: Args) -> None:
         if work == "rollout transition" or work == "epoch":
             takers.pop("ours, --no-compile")  # rollouts are never compiled
         seconds[work] = {name: [] for name in takers}
-        for function in takers.values() if work != "epoch" else ():
+        for name, function in takers.items() if work != "epoch" else ():
+            set_precision(name, args)
             function()  # compiles, fills caches
         for _ in range(args.repetitions):
             for name, function in takers.items():
+                set_precision(name, args)
                 start = time.perf_counter()
                 count = function()
                 seconds[work][name].append((time.perf_counter() - start) / count)

@@ -172,7 +172,8 @@ class Dynamics(nn.Module):
             generator.set_state(state["generator"].cpu())
             best, epoch, stale = state["best"], state["epoch"], state["stale"]
         batch_size = min(batch_size, len(train))
-        bar = tqdm(unit="minibatch", leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+        interval = 0.1 if sys.stderr.isatty() else 30
+        bar = tqdm(desc="dynamics", total=len(train) // batch_size, unit="minibatch", mininterval=interval, leave=False)
         saved = time.monotonic()
         while stale <= patience and (max_epochs is None or epoch < max_epochs):
             epoch += 1

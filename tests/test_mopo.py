@@ -368,21 +368,50 @@ def test_updates_equal_those_of_a_plain_sac_with_two_critics(log_alpha):
     assert agent.log_alpha.item() != log_alpha
 
 
-# --- Compilation ---
+# --- Compilation and precision ---
+CPU = torch.device("cpu")
+DEVICES = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_highest_precision_keeps_float32_products(precision):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 300, 300, generator=generator)
+    mopo.set_matmul_precision("highest", CPU)
+    torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=0, atol=1e-4)  # bfloat16: 0.1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_medium_is_what_the_cpu_gets_unless_it_rounds(exact, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    if not exact:
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.full((64, 64), 64 / 9 * 1.002))
+    mopo.set_matmul_precision("highest", CPU)
+    assert asked == ["medium"] + ["highest"] * (not exact)
+
+
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_and_eager_updates_agree(capsys):
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_compiled_and_eager_updates_agree(device, capsys):
     args = mopo.Args(actor_lr=1e-4)
-    eager = random_agent(args, torch.float32)
+    eager = random_agent(args, torch.float32).to(device)
     with torch.no_grad():
         eager.actor.net[-1].weight.div_(30)
     agent = copy.deepcopy(eager)
-    compiled = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args)
+    compiled = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args, device)
     start = snapshot(agent)
     step = torch._inductor.config.patch({"cpp.vec_isa_ok": True})(compiled)  # skips test compilations, ten seconds
     for i in range(50):
         for a in (agent, eager):
             a.actor_opt.lr.fill_(args.actor_lr * (1 - i / 50))  # a schedule must reach the graph
-        rows, noise = as_rows(random_batch(torch.float32, seed=i)), random_noise(torch.float32, seed=50 + i)
+        rows = as_rows(random_batch(torch.float32, seed=i)).to(device)
+        noise = random_noise(torch.float32, seed=50 + i).to(device)
         info, expected = step(rows, noise), mopo.update(eager, rows, noise, args)
         assert info.keys() == expected.keys()
     torch.testing.assert_close(info, expected, rtol=1e-4, atol=1e-5)
@@ -395,13 +424,19 @@ def test_compiled_and_eager_updates_agree(capsys):
 
 
 def test_compile_switched_off_gives_the_function_itself():
-    assert mopo.compiled(math.sqrt, mopo.Args(compile=False)) is math.sqrt
+    assert mopo.compiled(math.sqrt, mopo.Args(compile=False), CPU) is math.sqrt
 
 
-@pytest.mark.parametrize("compiler", ["absent", "broken"])
-def test_without_a_cpp_compiler_updates_go_on_eagerly_after_one_line(compiler, tmp_path, capsys):
+def test_an_older_torch_gives_the_function_itself_after_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    assert mopo.compiled(math.sqrt, mopo.Args(), CPU) is math.sqrt
+    assert capsys.readouterr().out.startswith("compile     needs torch 2.13")
+
+
+@pytest.mark.parametrize("trouble", ["absent compiler", "broken compiler", "unwritable cache"])
+def test_where_compiling_fails_updates_go_on_eagerly_after_one_line(trouble, tmp_path, monkeypatch, capsys):
     fake = tmp_path / "g++"
-    if compiler == "broken":  # it answers when asked for its version but compiles nothing
+    if trouble == "broken compiler":  # it answers when asked for its version but compiles nothing
         fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && { echo 'g++ 12.2.0'; exit 0; }\nexit 1\n")
         fake.chmod(0o755)
     args = mopo.Args()
@@ -409,8 +444,11 @@ def test_without_a_cpp_compiler_updates_go_on_eagerly_after_one_line(compiler, t
     agent = copy.deepcopy(eager)
     rows, noise = as_rows(random_batch(torch.float32)), random_noise(torch.float32)
     torch._dynamo.reset()
-    with torch._inductor.config.patch({"cpp.cxx": (None, str(fake))}), fresh_cache():
-        step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args)
+    with fresh_cache(), torch._inductor.config.patch({} if "cache" in trouble else {"cpp.cxx": (None, str(fake))}):
+        if trouble == "unwritable cache":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, args), args, CPU)
         infos = [step(rows, noise) for _ in range(3)]
     torch._dynamo.reset()
     printed = capsys.readouterr().out.splitlines()
@@ -428,7 +466,7 @@ def test_an_error_of_the_function_itself_is_not_taken_for_a_missing_compiler(mon
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        mopo.compiled(fails, mopo.Args())(torch.zeros(1))
+        mopo.compiled(fails, mopo.Args(), CPU)(torch.zeros(1))
 
 
 # --- The method ---
