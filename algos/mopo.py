@@ -423,6 +423,8 @@ def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "minari")}
     config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
     config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit}
+    config["hardware"] = f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown CPU')}, {os.cpu_count()} cores"
+    config["hardware"] += f", {torch.cuda.get_device_name()}" if data.obs.is_cuda else ""
     config["command"] = shlex.join(["python", f"algos/{ALGO}.py", *sys.argv[1:]])
     write_text(run / "config.json", json.dumps(config, indent=2))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -246,32 +247,47 @@ def load_or_fit(
     file = Path(path) if path else cache_dir() / "dynamics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
-    if file.is_file():
-        try:
-            state = torch.load(file, map_location=device, weights_only=True)
-            sizes = [state["sizes"][name] for name in ("obs_dim", "action_dim", "num_members", "num_elites")]
-            dynamics = Dynamics(*sizes).to(device)
-            dynamics.load_state_dict(state["model"])
-            epochs, verb = state["epochs"], "reused"
-        except Exception as error:
-            raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
-        if sizes[:2] != [obs_dim, action_dim]:
-            raise InputError(f"{file} is for obs, action of {sizes[:2]} numbers, the data have {[obs_dim, action_dim]}")
-    else:
+    verb = "reused"
+    if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng():  # the weights depend on the seed alone, and nobody else's numbers depend on them
-            torch.manual_seed(seed)
-            dynamics = Dynamics(obs_dim, action_dim, num_members, num_elites).to(device)
-        known = data.successor_known
-        x = torch.cat([data.obs, data.action], dim=-1)[known]
-        y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
-        partial, start = file.with_suffix(".partial"), time.monotonic()
-        epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
-        sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "num_members": num_members, "num_elites": num_elites}
-        save(file, {"model": dynamics.state_dict(), "sizes": sizes, "epochs": epochs})
-        partial.unlink(missing_ok=True)
-        verb = f"fitted in {time.monotonic() - start:.0f} s"
+        lock = FileLock(file.with_suffix(".lock"))
+        try:
+            with lock.acquire(blocking=False):
+                pass
+        except Timeout:
+            print("dynamics    another process is fitting this ensemble: waiting for it")
+        with lock:
+            if not file.is_file():
+                start = time.monotonic()
+                _fit_to_file(data, seed, num_members, num_elites, max_epochs, file, compile)
+                verb = f"fitted in {time.monotonic() - start:.0f} s"
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        sizes = [state["sizes"][name] for name in ("obs_dim", "action_dim", "num_members", "num_elites")]
+        with torch.random.fork_rng():  # its first weights are drawn in vain: a run draws the same with or without a fit
+            dynamics = Dynamics(*sizes).to(device)
+        dynamics.load_state_dict(state["model"])
+        epochs = state["epochs"]
+    except Exception as error:
+        raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
+    if sizes[:2] != [obs_dim, action_dim]:
+        raise InputError(f"{file} is for obs, action of {sizes[:2]} numbers, the data have {[obs_dim, action_dim]}")
     mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.tolist())
     elites = ", ".join(map(str, sorted(dynamics.elites.tolist())))
     print(f"dynamics    {verb}, {epochs} epochs, holdout mse {mse}, elites {elites}, {file}")
     return dynamics.requires_grad_(False)
+
+
+def _fit_to_file(data, seed: int, num_members: int, num_elites: int, max_epochs: int | None, file: Path, compile):
+    device, obs_dim, action_dim = data.obs.device, data.obs.shape[1], data.action.shape[1]
+    with torch.random.fork_rng():  # the weights depend on the seed alone, and nobody else's numbers depend on them
+        torch.manual_seed(seed)
+        dynamics = Dynamics(obs_dim, action_dim, num_members, num_elites).to(device)
+    known = data.successor_known
+    x = torch.cat([data.obs, data.action], dim=-1)[known]
+    y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
+    partial = file.with_suffix(".partial")
+    epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
+    sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "num_members": num_members, "num_elites": num_elites}
+    save(file, {"model": dynamics.state_dict(), "sizes": sizes, "epochs": epochs})
+    partial.unlink(missing_ok=True)

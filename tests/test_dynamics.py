@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -436,6 +438,10 @@ def test_interrupted_fit_goes_on_to_the_same_end(num_calls, tmp_path, fast_clock
 
 
 # --- Cache ---
+def left_in(folder) -> set[str]:
+    return {file.suffix for file in folder.iterdir()}
+
+
 def test_interrupted_load_or_fit_goes_on_to_the_same_end_and_removes_its_partial_file(
     tmp_path, monkeypatch, fast_clock
 ):
@@ -444,11 +450,11 @@ def test_interrupted_load_or_fit_goes_on_to_the_same_end_and_removes_its_partial
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
         load_or_fit(data, seed=0, max_epochs=6, compile=interrupting(8, []))
-    assert [file.suffix for file in (tmp_path / "other" / "dynamics").iterdir()] == [".partial"]
+    assert left_in(tmp_path / "other" / "dynamics") == {".partial", ".lock"}
     calls = []
     resumed = load_or_fit(data, seed=0, max_epochs=6, compile=interrupting(0, calls))
     assert len(calls) == 2 * (6 - 3) and identical(whole, resumed)
-    assert [file.suffix for file in (tmp_path / "other" / "dynamics").iterdir()] == [".pt"]
+    assert left_in(tmp_path / "other" / "dynamics") == {".pt", ".lock"}
 
 
 def test_same_seed_gives_the_same_ensemble_to_the_bit_whatever_the_global_rng(tmp_path, monkeypatch):
@@ -457,7 +463,9 @@ def test_same_seed_gives_the_same_ensemble_to_the_bit_whatever_the_global_rng(tm
         monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / cache))
         torch.rand(len(ensembles) + 1)
         state = torch.get_rng_state()
-        ensembles.append(load_or_fit(make_data(), seed=seed, num_members=3, num_elites=2, max_epochs=2))
+        for _ in range(2):  # fitted, then from the cache
+            dynamics = load_or_fit(make_data(), seed=seed, num_members=3, num_elites=2, max_epochs=2)
+        ensembles.append(dynamics)
         assert torch.equal(torch.get_rng_state(), state)
     assert identical(ensembles[0], ensembles[1])
     for one, other in zip(ensembles[0].layers, ensembles[2].layers):
@@ -498,7 +506,7 @@ def test_other_data_seed_or_settings_are_fitted_anew(change, monkeypatch):
 
 def test_path_loads_that_file_whatever_the_data_and_settings(tmp_path, monkeypatch):
     saved = load_or_fit(make_data(), seed=3, num_members=4, num_elites=2, max_epochs=1)
-    (file,) = (tmp_path / "cache" / "dynamics").iterdir()
+    (file,) = (tmp_path / "cache" / "dynamics").glob("*.pt")
     fits = count_fits(monkeypatch)
     content = hashlib.sha256(file.read_bytes()).hexdigest()
     loaded = load_or_fit(make_data(80, data_hash="b"), seed=0, path=str(file.rename(tmp_path / "mine.pt")))
@@ -519,7 +527,7 @@ def test_missing_and_garbage_files_are_input_errors_that_name_the_file(content, 
 
 def test_truncated_files_are_input_errors(tmp_path):
     load_or_fit(make_data(), seed=0, max_epochs=1)
-    (file,) = (tmp_path / "cache" / "dynamics").iterdir()
+    (file,) = (tmp_path / "cache" / "dynamics").glob("*.pt")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="delete it"):
         load_or_fit(make_data(), seed=0, max_epochs=1)
@@ -527,7 +535,7 @@ def test_truncated_files_are_input_errors(tmp_path):
 
 def test_ensemble_of_other_shapes_is_an_input_error(tmp_path):
     load_or_fit(make_data(obs_dim=3), seed=0, max_epochs=1)
-    (file,) = (tmp_path / "cache" / "dynamics").iterdir()
+    (file,) = (tmp_path / "cache" / "dynamics").glob("*.pt")
     with pytest.raises(InputError, match=r"\[3, 1\].*\[2, 1\]"):
         load_or_fit(make_data(obs_dim=2), seed=0, path=str(file))
 
@@ -650,3 +658,26 @@ def test_step_gives_each_row_each_elite_equally_often_over_random_orders():
         counts[torch.arange(9), served] += 1
     share = counts[:, [5, 0, 3]] / 600
     assert (share - 1 / 3).abs().max() < 0.1  # five standard errors
+
+
+def test_two_that_want_the_same_ensemble_fit_it_once(capsys):
+    """The second one finds the lock taken, says so, and then finds the file."""
+    data, fitting, fits = make_data(700), threading.Event(), []
+
+    def compile(function):
+        fits.append(threading.current_thread().name)
+        fitting.set()
+        time.sleep(0.5)  # the other one arrives meanwhile
+        return function
+
+    def want():
+        load_or_fit(data, seed=0, max_epochs=1, compile=compile)
+
+    first = threading.Thread(target=want)
+    first.start()
+    assert fitting.wait(30)
+    want()
+    first.join()
+    assert len(fits) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("waiting") == printed.count("fitted in") == printed.count("reused") == 1
