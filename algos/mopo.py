@@ -55,8 +55,9 @@ ALGO = Path(__file__).stem
 @dataclass
 class Args:
     # --- Run ---
-    dataset: str = "pendulum/random-v0"  # Minari id, folder of a Minari dataset, D4RL-style .hdf5 or .npz
+    dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    successors: Literal["true", "classic"] = "true"  # classic: d4rl.qlearning_dataset's, wrong where episodes end
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [MOPO code: 1M, OfflineRL-Kit: 3M]
     batch_size: int = 256  # rows in a gradient step
@@ -85,6 +86,7 @@ class Args:
     rollout_length: int = 5  # h, model steps from each start state [1 or 5, by dataset: TUNED]
     rollout_retain: int = 5  # full rollouts that the model buffer holds [MOPO]
     # --- SAC ---
+    hidden_layers: int = 2  # of 256 units, in actor and critics [MOPO]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
@@ -131,9 +133,10 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
         super().__init__()
-        layers = [Linears(2, obs_dim + action_dim, hidden), nn.ReLU(), Linears(2, hidden, hidden), nn.ReLU()]
+        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
         self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -143,9 +146,10 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
         super().__init__()
-        layers = [nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+        sizes = [obs_dim] + [hidden] * hidden_layers
+        layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +194,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor, self.critic = Actor(obs_dim, action_dim), Critic(obs_dim, action_dim)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -286,6 +291,15 @@ class ModelBuffer:
         self.rows[index] = rows
         self.position = (self.position + len(rows)) % len(self.rows)
         self.size = min(self.size + len(rows), len(self.rows))
+
+    def state(self) -> dict:
+        return {"rows": self.rows[: self.size].clone(), "position": self.position}
+
+    def restore(self, state: dict) -> None:
+        if len(state["rows"]) > len(self.rows):
+            raise InputError("more simulated rows in the checkpoint than fit: resume with its rollout settings")
+        self.size, self.position = len(state["rows"]), state["position"] % len(self.rows)
+        self.rows[: self.size] = state["rows"]
 
 
 def sample_batch(real_rows: Tensor, buffer: ModelBuffer, args: Args) -> Tensor:
@@ -440,22 +454,19 @@ def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> Non
     write_text(run / "progress.csv", text.getvalue())
 
 
-def save_checkpoint(run: Path, agent: Agent, buffer: ModelBuffer, data: OfflineDataset, progress: dict) -> None:
+def save_checkpoint(run: Path, agent: Agent, data: OfflineDataset, progress: dict) -> None:
     cuda_rng = torch.cuda.get_rng_state() if data.obs.is_cuda else None
     state = {"algo": ALGO, "data_hash": data.data_hash, "agent": agent.state_dict(), "progress": progress}
-    state |= {"rows": buffer.rows[: buffer.size].clone(), "position": buffer.position}
     save(run / "checkpoint.pt", state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
 
 
-def load_checkpoint(run: Path, agent: Agent, buffer: ModelBuffer, data: OfflineDataset) -> dict:
+def load_checkpoint(run: Path, agent: Agent, data: OfflineDataset) -> dict:
     """Puts everything back in place, the random states too, and returns the saved progress."""
     try:
         state = torch.load(run / "checkpoint.pt", map_location=data.obs.device, weights_only=True)
         if (state["algo"], state["data_hash"]) != (ALGO, data.data_hash):
             raise InputError(f"the checkpoint in {run} was made by another script or on other data")
         agent.load_state_dict(state["agent"])
-        buffer.size, buffer.position = len(state["rows"]), state["position"]
-        buffer.rows[: buffer.size] = state["rows"]
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(f"the checkpoint in {run} cannot be resumed ({error}): start a new run") from None
     torch.set_rng_state(state["rng"].cpu())
@@ -513,7 +524,7 @@ def main(args: Args, notes: list[str]) -> None:
     torch.manual_seed(args.seed)
 
     # data, environment, model
-    data = load_dataset(args.dataset, device, args.env_id or None)
+    data = load_dataset(args.dataset, device, args.env_id or None, args.successors == "classic")
     print(data.summary())
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     envs = make_envs(data, args.eval_episodes)
@@ -528,7 +539,8 @@ def main(args: Args, notes: list[str]) -> None:
     buffer = ModelBuffer(args.rollout_retain * rows_per_rollout, real_rows.shape[1], device)
     progress = {"update": 0, "seconds": 0.0, "penalty_mean": math.nan, "penalty_max": math.nan, "history": []}
     if args.resume and (run / "checkpoint.pt").exists():
-        progress = load_checkpoint(run, agent, buffer, data)
+        progress = load_checkpoint(run, agent, data)
+        buffer.restore(progress.pop("buffer"))
     first, history = progress["update"], progress["history"]
     start -= progress["seconds"]
     write_config(run, args, data)
@@ -570,7 +582,7 @@ def main(args: Args, notes: list[str]) -> None:
             mark = i, time.monotonic()
         if stop or i % args.checkpoint_interval == 0 or i == args.num_updates:
             progress |= {"update": i, "seconds": time.monotonic() - start}
-            save_checkpoint(run, agent, buffer, data, progress)
+            save_checkpoint(run, agent, data, progress | {"buffer": buffer.state()})
         if stop:
             bar.close()
             print(f"stopped     after {i:,} updates; to go on: python {sys.argv[0]} --resume {run}")

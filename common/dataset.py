@@ -1,19 +1,20 @@
 """Anything -> one flat, device-resident set of transitions with true successors.
 
-Sources: the embedded default, D4RL-style .hdf5 or .npz files, folders of Minari datasets, Minari ids.
+Sources: the embedded default, D4RL's datasets by name, D4RL-style .hdf5 or .npz files, Minari datasets by folder or id.
 A transition is (obs, action, reward, next_obs, terminal). Two mistakes are easy here, and both poison a dynamics model:
 pairing the last observation of an episode with the first one of the next, and calling a time limit a termination.
 """
 
 import hashlib
 import importlib
+import json
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,10 +23,14 @@ import minari
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces.utils import flatten_space
 from minari.data_collector import EpisodeBuffer
 from minari.storage import get_dataset_path
 from torch import Tensor
 from tqdm import tqdm
+
+from common import InputError
+from common.download import D4RL, d4rl_file
 
 DEFAULT_DATASET = "pendulum/random-v0"
 PENDULUM_RANDOM_SCORE = -1230.0  # ours: mean return of 10,000 uniformly random episodes (standard error 3)
@@ -38,11 +43,12 @@ REF_SCORES = {
     "Ant": (-325.6, 3879.7),
     "Pendulum": (PENDULUM_RANDOM_SCORE, PENDULUM_BEST_SCORE),
 }
+D4RL_ENVS = {  # by the first word of the name
+    "halfcheetah": ("HalfCheetah-v5", {}),
+    "hopper": ("Hopper-v5", {}),
+    "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),  # its right foot slips as in v2; v5's own grips
+}
 CACHE_VERSION = 1  # part of every cache key: raise it when the arrays made from the same file change
-
-
-class InputError(Exception):
-    """Bad input; the message is one sentence for the user that says what is wrong and what to do."""
 
 
 @contextmanager
@@ -110,7 +116,8 @@ def load_dataset(
     """Loads `name` and puts it on `device`.
 
     name: "pendulum/random-v0" (recorded at first use), else a path to an .hdf5, .h5 or .npz file with D4RL's keys,
-        else the folder of a Minari dataset, else a Minari id, which is downloaded when it is not local.
+        else the folder of a Minari dataset, else "d4rl/hopper-medium-v2" or another key of D4RL, else a Minari id; the
+        last two are downloaded when they are not local. Dictionaries of vectors are flattened, keys in sorted order.
     env_id: environment to evaluate in and to take the action box from, as for gym.make; wins over the dataset's own.
     classic_successors: reproduces d4rl.qlearning_dataset, only to compare with numbers that were made with it:
         the successor of every row is the next row of the file, also across the end of an episode.
@@ -123,10 +130,14 @@ def load_dataset(
             minari_set = minari.MinariDataset(path)
             metadata = minari_set.storage.metadata
         # the spaces stored with the data: no need to install the package that registers the environment
-        env_spec, obs_space, action_space = minari_set.env_spec, minari_set.observation_space, minari_set.action_space
+        env_spec, obs_space = _flattened(minari_set.env_spec, minari_set.observation_space)
+        action_space = minari_set.action_space
         if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
             ref_scores = metadata["ref_min_score"], metadata["ref_max_score"]
         _check_spaces(obs_space, action_space, name, check_bounds=env_id is None)
+    elif name in D4RL:
+        d4rl_env, kwargs = D4RL_ENVS[name.split("/")[1].split("-")[0]]
+        env_spec = replace(gym.spec(d4rl_env), kwargs=kwargs)
     if env_id is not None:
         env_spec, obs_space, action_space = _make_spaces(env_id)
     ref_scores = ref_scores or _ref_scores(env_spec)
@@ -171,7 +182,7 @@ def _find(name: str) -> Path:
     for folder in (path / "data", path, get_dataset_path() / name / "data"):
         if (folder / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
-    return _download(name)
+    return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
 
 
 def _download(name: str) -> Path:
@@ -268,7 +279,8 @@ def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.n
 
 
 def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndarray]:
-    n, obs_shape, action_shape = dataset.total_steps, dataset.observation_space.shape, dataset.action_space.shape
+    n, action_shape = dataset.total_steps, dataset.action_space.shape
+    obs_shape = flatten_space(dataset.observation_space).shape
     rows = {key: np.empty((n, *obs_shape), np.float32) for key in ("observations", "next_observations")}
     rows |= {"actions": np.empty((n, *action_shape), np.float32), "rewards": np.empty(n, np.float32)}
     rows |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts", "episode_end")}
@@ -276,6 +288,8 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndar
     with _readable(path):
         for episode in dataset:
             length, obs = len(episode.rewards), episode.observations
+            if isinstance(obs, dict):
+                obs = np.concatenate([obs[key] for key in sorted(obs)], axis=1)  # (length + 1, obs_dim)
             if len(obs) != length + 1:
                 raise InputError(
                     f"Episode {episode.id} in {path} has {len(obs)} observations for {length} rewards, which should be "
@@ -342,14 +356,32 @@ def _make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     except Exception as error:  # unknown id, package not installed, version without an implementation
         raise InputError(f"Cannot make environment {env_id!r} ({error}): check the id given as --env-id.") from error
     env.close()
-    _check_spaces(env.observation_space, env.action_space, env_id)
-    return env_spec, env.observation_space, env.action_space
+    env_spec, obs_space = _flattened(env_spec, env.observation_space)
+    _check_spaces(obs_space, env.action_space, env_id)
+    return env_spec, obs_space, env.action_space
+
+
+def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space) -> tuple[EnvSpec | None, gym.Space]:
+    """Where observations are dictionaries of float vectors: the flat space, and the spec of an environment with it."""
+    spaces = obs_space.spaces if isinstance(obs_space, gym.spaces.Dict) else {}
+    floats = [isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.dtype.kind == "f" for s in spaces.values()]
+    if not spaces or not all(floats):
+        return env_spec, obs_space
+    if env_spec is not None:
+        # Minari stores a space with its keys sorted; the environment's own may be in another order
+        in_order = gym.wrappers.FilterObservation.wrapper_spec(filter_keys=sorted(spaces))
+        wrappers = (*env_spec.additional_wrappers, in_order, gym.wrappers.FlattenObservation.wrapper_spec())
+        env_spec = replace(env_spec, additional_wrappers=wrappers)
+    return env_spec, flatten_space(gym.spaces.Dict(dict(sorted(spaces.items()))))
 
 
 def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str, check_bounds: bool = True) -> None:
     for what, space in (("observations", obs_space), ("actions", action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(f"{name} has {what} in {space}: only vectors are supported, not discrete, dict or image.")
+            raise InputError(
+                f"{name} has {what} in {space}: only vectors are supported, as observations also dictionaries of float "
+                "vectors, but not discrete or image."
+            )
     low, high = action_space.low, action_space.high
     if check_bounds and not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise InputError(f"{name} has actions in {action_space}: give an environment with finite bounds by --env-id.")
@@ -371,17 +403,28 @@ def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, na
 
 
 # --- Recording ---
-def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int) -> Path:
+def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int, **env_kwargs) -> Path:
     """Records uniformly random actions as a local Minari dataset, with reference scores where they are known.
 
-    Does nothing when `dataset_id` exists. It appears complete or not at all, so two processes may record it at once and
-    either may be killed. Returns its folder. Raises InputError for an unknown environment or an unwritable folder.
+    Does nothing when `dataset_id` exists. Returns its folder. Raises InputError for an unknown environment or an
+    unwritable folder.
+    """
+    target = get_dataset_path() / dataset_id
+    if target.exists():
+        return target
+    env = gym.make(_make_spaces(env_id)[0], **env_kwargs)
+    card = {"num_steps": num_steps, "seed": seed}
+    return write_dataset(dataset_id, _random_episodes(env, num_steps, seed), env, "uniformly random", card)
+
+
+def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.Env, policy: str, card: dict) -> Path:
+    """Writes episodes as a local Minari dataset, with the reference scores of `env` where they are known.
+
+    It appears complete or not at all, so two processes may write it at once and either may be killed. `policy` and
+    `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
     """
     root = get_dataset_path()
     target = root / dataset_id
-    if target.exists():
-        return target
-    env = gym.make(_make_spaces(env_id)[0])
     low, high = _ref_scores(env.spec) or (None, None)
     usual_root = os.environ.get("MINARI_DATASETS_PATH")
     try:
@@ -390,8 +433,8 @@ def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int) -> Pa
             warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name
             os.environ["MINARI_DATASETS_PATH"] = folder
             minari.create_dataset_from_buffers(
-                dataset_id, _random_episodes(env, num_steps, seed), env=env, ref_min_score=low, ref_max_score=high,
-                algorithm_name="uniformly random", description=f"{num_steps} random steps of {env_id}, seed {seed}",
+                dataset_id, episodes, env=env, ref_min_score=low, ref_max_score=high, algorithm_name=policy,
+                description=json.dumps(card),
             )  # fmt: skip
             for namespace in list(Path(dataset_id).parents)[:-1]:
                 (root / namespace).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, flatten
 from minari.data_collector import EpisodeBuffer
 
 import common.dataset as dataset_module
@@ -255,6 +255,86 @@ def test_missing_minari_dataset_without_network_fails_at_once_and_says_what_ther
     root = os.environ["MINARI_DATASETS_PATH"]
     for words in ("'toy/other-v0'", f"{root} (toy/small-v0)", "minari download toy/other-v0", "tests have no network"):
         assert words in str(error.value)
+
+
+# --- Dictionary observations ---
+class ReachEnv(gym.Env):
+    """Goal-conditioned. Its own keys are not sorted, those that Minari stores are."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = Dict(observation=Box(-9, 9, (2,), np.float32), goal=Box(-9, 9, (3,), np.float64))
+    action_space = Box(-2, 2, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.goal, self.position = self.np_random.normal(size=3), np.zeros(2, np.float32)
+        return self.obs(), {}
+
+    def step(self, action):
+        self.position = self.position + np.float32(action[0])
+        return self.obs(), 1.0, False, False, {}
+
+    def obs(self):
+        return {"observation": self.position.copy(), "goal": self.goal.copy()}
+
+
+@pytest.fixture
+def reach_episodes(monkeypatch):
+    """Two recorded episodes of Reach-v0: (dictionary of (T + 1, d) arrays, actions, rewards, ends, limits) each."""
+    monkeypatch.setitem(gym.registry, "Reach-v0", EnvSpec("Reach-v0", entry_point=f"{__name__}:ReachEnv"))
+    env, episodes = ReachEnv(), []
+    for seed in range(2):
+        observations = [env.reset(seed=seed)[0]] + [env.step(np.array([0.5]))[0] for _ in range(4)]
+        observations = {key: np.array([obs[key] for obs in observations]) for key in ("observation", "goal")}
+        actions, limit = np.full((4, 1), 0.5, np.float32), np.arange(4) == 3
+        episodes.append((observations, actions, np.ones(4), np.zeros(4, bool), limit))
+    return episodes
+
+
+def write_reach(episodes, env="Reach-v0") -> None:
+    """env: None writes the spaces only, as if the package that registers the environment were not here."""
+    spaces = {} if env else dict(obs_space=ReachEnv.observation_space, action_space=ReachEnv.action_space)
+    write_minari("toy/reach-v0", episodes, env=env, **spaces)
+
+
+@pytest.mark.parametrize("env", ["Reach-v0", None])
+def test_dictionaries_are_flattened_as_gymnasium_does(env, reach_episodes):
+    write_reach(reach_episodes, env)
+    data = load_dataset("toy/reach-v0")
+    space = minari.load_dataset("toy/reach-v0").observation_space
+    flat = [
+        [flatten(space, {key: column[i] for key, column in observations.items()}) for i in range(5)]
+        for observations, *_ in reach_episodes
+    ]
+    flat = np.array(flat, np.float32)  # (2, 5, 5)
+    assert np.array_equal(data.obs, flat[:, :-1].reshape(8, 5))
+    assert np.array_equal(data.next_obs, flat[:, 1:].reshape(8, 5)) and data.action_high == [2.0]
+    assert (data.env_spec is None) == (env is None)
+
+
+@pytest.mark.parametrize("env_id", [None, "Reach-v0"])
+def test_environment_of_dictionaries_observes_what_the_data_hold(env_id, reach_episodes):
+    write_reach(reach_episodes)
+    data = load_dataset("toy/reach-v0", env_id=env_id)
+    for env in (gym.make(data.env_spec), gym.make(data.env_spec, render_mode="rgb_array")):
+        for start in (0, 4):  # the same seeds and actions as in the recording
+            obs, _ = env.reset(seed=start // 4)
+            next_obs, *_ = env.step(np.array([0.5], np.float32))
+            assert env.observation_space.shape == (5,)
+            assert np.array_equal(data.obs[start], obs.astype(np.float32))
+            assert np.array_equal(data.next_obs[start], next_obs.astype(np.float32))
+    envs = gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * 2)
+    assert envs.reset(seed=[0, 1])[0].shape == (2, 5)
+
+
+def test_recording_of_a_dictionary_environment_is_flat(reach_episodes):
+    record_random("Reach-v0", "toy/random-v0", num_steps=8, seed=0)
+    data = load_dataset("toy/random-v0")
+    env = gym.make(data.env_spec)
+    assert np.array_equal(data.obs[0], env.reset(seed=0)[0].astype(np.float32)) and data.obs.shape == (8, 5)
 
 
 # --- Embedded default and recording ---
@@ -543,7 +623,9 @@ def test_action_widths_that_do_not_fit_give_a_sentence(tmp_path):
 
 @pytest.mark.parametrize("spaces, words", [
     (dict(obs_space=Box(-9, 9, (2,)), action_space=Discrete(3)), "Discrete"),
-    (dict(obs_space=Dict(goal=Box(-9, 9, (2,))), action_space=Box(-1, 1, (1,))), "dict"),
+    (dict(obs_space=Dict(a=Box(-9, 9, (2,)), b=Discrete(3)), action_space=Box(-1, 1, (1,))), "Discrete.* not discrete"),
+    (dict(obs_space=Dict(a=Box(0, 255, (4, 4), np.uint8)), action_space=Box(-1, 1, (1,))), "not discrete or image"),
+    (dict(obs_space=Dict(a=Dict(b=Box(-9, 9, (2,)))), action_space=Box(-1, 1, (1,))), "only vectors"),
     (dict(obs_space=Box(-9, 9, (2,)), action_space=Box(-np.inf, np.inf, (1,))), "finite bounds"),
 ])  # fmt: skip
 def test_minari_spaces_that_are_not_supported_give_a_sentence(spaces, words):

@@ -60,16 +60,16 @@ def command(home: Path, *flags: str, **kwargs) -> subprocess.Popen:
 
 def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
     """All tensors of a nested dictionary by their path."""
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
+    if isinstance(value, torch.Tensor | int):
+        return {prefix: torch.as_tensor(value)}
     return {k: v for key in value for k, v in tensors(value[key], f"{prefix}/{key}").items()} if value else {}
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
     assert a["progress"]["update"] == b["progress"]["update"]
-    for name in ("agent", "rows", "rng"):
-        first, second = tensors(a[name]), tensors(b[name])
+    for name in ("agent", "buffer", "rng"):
+        first, second = (tensors((state | state["progress"])[name]) for state in (a, b))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
 

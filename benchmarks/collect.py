@@ -1,0 +1,310 @@
+"""Behaviour policies of our own and the datasets they record, graded as in D4RL (Fu et al. 2020, arXiv:2004.07219).
+
+SAC is trained online, one update a step; along the way its sampled return is measured and its actor kept.
+    random          uniformly random actions
+    medium          the first actor at about a third of an expert's return
+    medium-replay   everything that the training saw up to the medium actor
+    expert          the best actor of the training
+    medium-expert   the episodes of medium, then those of expert
+The medium and expert actors lie in benchmarks/policies, so that every set but the replay is recorded again in minutes;
+the replay needs the training. The sets are local Minari datasets named <environment>/<grade>-v0.
+Run: python benchmarks/collect.py --envs hopper --grades random medium expert
+     python benchmarks/collect.py --envs hopper walker2d --train
+"""
+
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from minari.data_collector import EpisodeBuffer
+from minari.storage import get_dataset_path
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from algos import mopo  # noqa: E402
+from common.dataset import InputError, cache_dir, load_dataset, record_random, write_dataset  # noqa: E402
+from common.dynamics import save  # noqa: E402
+
+POLICIES = Path(__file__).parent / "policies"
+NUM_RANDOM, EVAL_INTERVAL, CHECKPOINT_INTERVAL = 10_000, 10_000, 50_000  # environment steps
+
+
+@dataclass(frozen=True)
+class Env:
+    id: str
+    medium: tuple[float, float]  # sampled return of the medium policy
+    expert: float  # training ends when three evaluations in a row reach this sampled return,
+    max_steps: int  # or after so many steps
+    kwargs: dict = field(default_factory=dict)
+
+    def make(self) -> gym.Env:
+        return gym.make(self.id, **self.kwargs)
+
+
+ENVS = {
+    "hopper": Env("Hopper-v5", (1_000, 1_500), 3_000, 1_000_000),
+    "halfcheetah": Env("HalfCheetah-v5", (4_000, 5_000), 9_000, 1_000_000),
+    # with the friction of gym's v2 to v4, so that D4RL's reference scores mean the same here
+    "walker2d": Env("Walker2d-v5", (1_500, 3_000), 4_000, 1_000_000, {"xml_file": "walker2d.xml"}),
+    "inverteddoublependulum": Env("InvertedDoublePendulum-v5", (2_000, 4_500), 9_000, 200_000),
+}
+Grade = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
+
+
+@dataclass
+class Args:
+    envs: tuple[Literal["hopper", "halfcheetah", "walker2d", "inverteddoublependulum"], ...] = tuple(ENVS)  # which
+    grades: tuple[Grade, ...] = ("random", "medium", "expert")  # medium-replay comes out of --train alone
+    num_steps: int = 1_000_000  # of random, medium and expert; medium-expert has twice as many
+    train: bool = False  # train the policies anew and record medium-replay
+    seed: int = 0  # of everything
+    processes: int = 2  # at a time, one environment and one thread each
+    compile: bool = True  # the update as one graph
+
+
+# --- Acting ---
+def play(actor: mopo.Actor, env: Env, num_steps: int, seed: int, num_envs: int = 10) -> Iterator[EpisodeBuffer]:
+    """Episodes of sampled actions, as they end. The last ones are cut off: there are `num_steps` steps in all."""
+    envs = SyncVectorEnv([env.make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    generator = torch.Generator().manual_seed(seed)
+    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(num_envs).tolist())
+    running, left = [([obs[i].copy()], []) for i in range(num_envs)], num_steps
+    low, high = envs.single_action_space.low, envs.single_action_space.high
+    while left:
+        noise = torch.randn(num_envs, len(low), generator=generator)
+        with torch.no_grad():
+            action = actor(torch.as_tensor(obs, dtype=torch.float32), noise)[0].numpy()
+        action = (high + low) / 2 + (high - low) / 2 * action
+        obs, reward, terminated, truncated, info = envs.step(action)
+        for i, (observations, steps) in enumerate(running[:left]):
+            done = terminated[i] or truncated[i]
+            observations.append(info["final_obs"][i] if done else obs[i].copy())
+            steps.append((action[i], reward[i], terminated[i], truncated[i]))
+            if done:
+                yield episode(observations, steps)
+                running[i] = [obs[i].copy()], []
+        left -= min(left, num_envs)
+    for observations, steps in running:
+        if steps:
+            steps[-1] = *steps[-1][:3], True
+            yield episode(observations, steps)
+    envs.close()
+
+
+def episode(observations: list, steps: list[tuple]) -> EpisodeBuffer:
+    """observations: one more than steps of (action, reward, terminated, truncated)."""
+    columns = dict(zip(("actions", "rewards", "terminations", "truncations"), map(np.array, zip(*steps, strict=True))))
+    return EpisodeBuffer(observations=np.array(observations), **columns)
+
+
+def sampled_return(actor: mopo.Actor, env: Env, seed: int) -> float:
+    """Mean return of the episodes that end within 1,000 steps of ten environments."""
+    limit = gym.spec(env.id).max_episode_steps
+    whole = [e for e in play(actor, env, 10_000, seed) if e.terminations[-1] or len(e.rewards) == limit]
+    return float(np.mean([e.rewards.sum() for e in whole]))
+
+
+# --- Training: SAC online, one update a step ---
+def train(name: str, args: Args) -> dict:
+    """Returns {"rows", "ends", "snapshots"}: flat rows (num_steps, ...) as in mopo.flat_rows, the index after the last
+    row of each episode, and every evaluation as {"step", "return", "actor"}.
+
+    Checkpoints are made between episodes: a training that was killed goes on and ends as if it had not been.
+    """
+    env, torch_rng = ENVS[name], torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(args.seed)
+    sac = replace(mopo.Args(), actor_lr=3e-4, alpha_lr=3e-4, max_alpha=math.inf, compile=args.compile)
+    device = torch.device("cpu")
+    mopo.set_matmul_precision(sac.matmul_precision, device)
+    single = env.make()
+    obs_dim, action_dim = single.observation_space.shape[0], single.action_space.shape[0]
+    agent = mopo.Agent(obs_dim, action_dim, sac)
+    update = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, sac), sac, device)
+    rows, ends, snapshots = torch.zeros(env.max_steps, 2 * obs_dim + action_dim + 2), [0], []
+    folder = cache_dir() / "collect"
+    folder.mkdir(parents=True, exist_ok=True)
+    file, saved = folder / f"{name}-{args.seed}.pt", 0
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        agent.load_state_dict(state["agent"])
+        ends, snapshots, saved = state["ends"], state["snapshots"], state["ends"][-1]
+        rows[:saved] = state["rows"]
+        torch_rng.set_state(state["rng"])
+    bar = tqdm(initial=saved, total=env.max_steps, desc=name, unit="step", mininterval=30)
+    low, high = single.action_space.low, single.action_space.high
+    step = saved
+    while step < env.max_steps and not finished(snapshots, env):
+        obs, _ = single.reset(seed=int(np.random.SeedSequence([args.seed, len(ends)]).generate_state(1)[0]))
+        done = False
+        while not done and step < env.max_steps:
+            now = torch.as_tensor(obs, dtype=torch.float32)
+            if step < NUM_RANDOM:
+                action = torch.rand(action_dim, generator=torch_rng) * 2 - 1
+            else:
+                with torch.no_grad():
+                    action, _ = agent.actor(now, torch.randn(action_dim, generator=torch_rng))
+            obs, reward, terminated, truncated, _ = single.step((high + low) / 2 + (high - low) / 2 * action.numpy())
+            done = terminated or truncated
+            numbers = torch.tensor([reward, terminated], dtype=torch.float32)
+            rows[step] = torch.cat([now, action, numbers[:1], torch.as_tensor(obs, dtype=torch.float32), numbers[1:]])
+            step += 1
+            if step > NUM_RANDOM:
+                index = torch.randint(step, (sac.batch_size,), generator=torch_rng)
+                noise = torch.randn(2, sac.batch_size, action_dim, generator=torch_rng)
+                info = update(rows.index_select(0, index), noise)
+            if step % EVAL_INTERVAL == 0 and step > NUM_RANDOM:
+                weights = {key: value.clone() for key, value in agent.actor.state_dict().items()}
+                value = sampled_return(agent.actor, env, args.seed)
+                snapshots.append({"step": step, "return": value, "actor": weights})
+                bar.write(f"{name} step {step:>9,}  sampled return {value:8.1f}  q {info['q']:8.1f}")
+            bar.update()
+        ends.append(step)
+        if step - saved >= CHECKPOINT_INTERVAL or step == env.max_steps or finished(snapshots, env):
+            state = {"agent": agent.state_dict(), "rows": rows[:step].clone(), "ends": ends, "snapshots": snapshots}
+            save(file, state | {"rng": torch_rng.get_state()})
+            saved = step
+    bar.close()
+    return {"rows": rows[:step], "ends": ends, "snapshots": snapshots}
+
+
+def finished(snapshots: list[dict], env: Env) -> bool:
+    """Whether the last three evaluations are an expert's."""
+    return len(snapshots) >= 3 and min(s["return"] for s in snapshots[-3:]) >= env.expert
+
+
+def choose(snapshots: list[dict], env: Env) -> dict[str, dict]:
+    """The medium and the expert among the evaluations of a training."""
+    low, high = env.medium
+    distance = [max(low - s["return"], s["return"] - high, 0) for s in snapshots]
+    return {"medium": snapshots[int(np.argmin(distance))], "expert": max(snapshots, key=lambda s: s["return"])}
+
+
+# --- Policy files: the actor in float16, and a card ---
+def save_policy(name: str, grade: str, snapshot: dict, args: Args) -> None:
+    card = {"env": ENVS[name].id, "kwargs": ENVS[name].kwargs, "step": snapshot["step"], "return": snapshot["return"]}
+    card |= {"seed": args.seed, "torch": torch.__version__, "gymnasium": gym.__version__}
+    arrays = {key: value.numpy().astype(np.float16) for key, value in snapshot["actor"].items()}
+    POLICIES.mkdir(exist_ok=True)
+    np.savez(POLICIES / f"{name}-{grade}.npz", card=json.dumps(card), **arrays)
+
+
+def load_policy(name: str, grade: str) -> tuple[mopo.Actor, dict]:
+    """The actor and its card. Raises InputError when there is no such policy."""
+    path = POLICIES / f"{name}-{grade}.npz"
+    if not path.is_file():
+        raise InputError(f"there is no policy {path}: train it with --train --envs {name}")
+    with np.load(path) as file:
+        card = json.loads(str(file["card"]))
+        weights = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "card"}
+    actor = mopo.Actor(weights["net.0.weight"].shape[1], len(weights["net.4.bias"]) // 2)
+    actor.load_state_dict(weights)
+    return actor, card
+
+
+# --- Recording ---
+def replay(training: dict, num_steps: int, env: Env) -> Iterator[EpisodeBuffer]:
+    """The first `num_steps` steps of a training, as episodes."""
+    single = env.make()
+    obs_dim, action_dim = single.observation_space.shape[0], single.action_space.shape[0]
+    low, high = single.action_space.low, single.action_space.high
+    for first, last in zip(training["ends"], training["ends"][1:]):
+        rows = training["rows"][first : min(last, num_steps)].numpy()
+        if len(rows):
+            obs, action, reward, next_obs, terminal = np.split(
+                rows, np.cumsum([obs_dim, action_dim, 1, obs_dim]), axis=1
+            )
+            terminated = terminal[:, 0] != 0
+            truncated = np.arange(len(rows)) == len(rows) - 1
+            yield EpisodeBuffer(
+                observations=np.concatenate([obs, next_obs[-1:]]).astype(single.observation_space.dtype),
+                actions=(high + low) / 2 + (high - low) / 2 * action,
+                rewards=reward[:, 0], terminations=terminated, truncations=truncated & ~terminated,
+            )  # fmt: skip
+
+
+def record(name: str, grade: str, args: Args, training: dict | None = None) -> None:
+    """Writes <name>/<grade>-v0 unless it exists."""
+    env, dataset_id, start = ENVS[name], f"{name}/{grade}-v0", time.monotonic()
+    if (get_dataset_path() / dataset_id).exists():
+        return
+    if grade == "random":
+        record_random(env.id, dataset_id, args.num_steps, args.seed, **env.kwargs)
+    elif grade == "medium-replay":
+        medium = choose(training["snapshots"], env)["medium"]["step"]
+        write_dataset(
+            dataset_id, replay(training, medium, env), env.make(), "SAC", {"steps": medium, "seed": args.seed}
+        )
+    else:
+        parts = {part: load_policy(name, part) for part in grade.split("-")}
+        card = {"policies": {part: card for part, (_, card) in parts.items()}, "seed": args.seed}
+        bar = tqdm(total=len(parts) * args.num_steps, desc=dataset_id, unit="step", mininterval=10)
+
+        def episodes() -> Iterator[EpisodeBuffer]:
+            for part, (actor, _) in parts.items():
+                # a seed for each policy, so that medium-expert is medium and expert, one after the other
+                for one in play(actor, env, args.num_steps, args.seed + (part == "expert")):
+                    bar.update(len(one.rewards))
+                    yield one
+
+        write_dataset(dataset_id, episodes(), env.make(), "SAC", card)
+        bar.close()
+    print(f"{dataset_id}: recorded in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def work(name: str, args: Args) -> None:
+    """All that is asked for of one environment, in a process of its own."""
+    torch.set_num_threads(1)
+    if args.train:
+        training = train(name, args)
+        for grade, snapshot in choose(training["snapshots"], ENVS[name]).items():
+            save_policy(name, grade, snapshot, args)
+        record(name, "medium-replay", args, training)
+    for grade in args.grades:
+        if grade != "medium-replay":
+            record(name, grade, args)
+
+
+def table(names: tuple[str, ...]) -> str:
+    """One line per recorded set, Markdown."""
+    lines = ["| dataset | steps | episodes | time limits | return: mean | min, 25 %, 50 %, 75 %, max | normalised |"]
+    lines.append("| --- " * 7 + "|")
+    for name in names:
+        for grade in get_args(Grade):
+            if not (get_dataset_path() / f"{name}/{grade}-v0").exists():
+                continue
+            data = load_dataset(f"{name}/{grade}-v0")
+            returns, limits = data.episode_returns, 1 - data.terminal.sum().item() / len(data.episode_returns)
+            quantiles = ", ".join(f"{q:,.0f}" for q in np.quantile(returns, [0, 0.25, 0.5, 0.75, 1]))
+            lines.append(
+                f"| {data.name} | {len(data.obs):,} | {len(returns):,} | {limits:.0%} | {returns.mean():,.0f} | "
+                f"{quantiles} | {data.normalised_score(returns.mean()):.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    if "medium-replay" in args.grades and not args.train:
+        raise InputError("medium-replay is the replay of a training: add --train")
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(work, name, args) for name in args.envs]:
+            future.result()
+    print(table(args.envs))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")
