@@ -1,0 +1,450 @@
+"""Run folders -> one small csv per run -> tables with intervals, learning curves, the README's scores.
+
+The score of a run is the mean of its last evaluations (--score-evals of the run), never its best. What is said over
+several datasets follows Agarwal et al. 2021 (arXiv:2108.13264); their package rliable would bring 300 MB of others.
+Run: python benchmarks/report.py runs/demo    run folders, or folders of them, and the csv files that are there already
+     python benchmarks/report.py              the csv files only; brings the README's table up to date, too
+"""
+
+import csv
+import importlib
+import io
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+NUM_DRAWS = 10_000  # of a bootstrap
+DATA_FILES = (".hdf5", ".h5", ".npz")
+LEGEND = """\
+- **score**: mean of a run's last evaluations, normalised as in D4RL (0 = random policy, 100 = expert); **return**: the
+  same, not normalised. Mean ± standard deviation over seeds.
+- **best**: mean over seeds of each run's best evaluation, normalised and as return. Nobody without the real environment
+  can choose it; it stands here to show what choosing it would have claimed.
+- **data**: mean of the data's own episodes, normalised and as return.
+- **minutes**: from start to end, the fit of the ensemble included where none was cached. **updates/s**: median over a
+  run's evaluations, mean over seeds. **GB**: largest peak memory of a run."""
+OVERALL = f"""\
+Method by method, on the same datasets. IQM: interquartile mean, the mean of the middle half of all runs' scores. In
+brackets: 95 % intervals, from {NUM_DRAWS:,} bootstrap draws of the seeds within each dataset; they are too narrow where
+there are fewer than about five seeds, and absent where a dataset has one. P(A > B): how probable it is that a run of A
+scores higher than one of B on the same dataset, mean over datasets."""
+
+CURVES = """\
+Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
+"""
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders of run folders
+    out: Path = RESULTS / "runs"  # where the csv files of runs are
+    out_dir: Path = RESULTS  # where report and figures are written
+    readme: Path | None = None  # file whose table of scores to replace; README.md where no setting is given
+    partial: bool = False  # take runs that are not finished, too
+
+
+@dataclass
+class Run:
+    path: Path  # its folder or its csv
+    about: dict  # the first line of its csv
+    columns: dict[str, np.ndarray]  # of progress.csv, each (num_evaluations,)
+
+    def facts(self) -> dict[str, float]:
+        """What is averaged over seeds, nan where it is not known."""
+        scores, returns = self.columns["normalised_score"], self.columns["return_mean"]
+        last, data_return = slice(-self.about["score_evals"], None), np.float64(self.about["behaviour"])
+        low, high = self.about["ref_scores"] or (np.nan, np.nan)
+        facts = {"score": scores[last].mean(), "return": returns[last].mean()}
+        facts |= {"best_score": scores.max(), "best_return": returns.max()}
+        facts |= {"data_score": 100 * (data_return - low) / (high - low), "data_return": data_return}
+        facts |= {"minutes": self.columns["seconds"][-1] / 60}
+        facts |= {"updates_per_second": np.median(self.columns["updates_per_second"])}
+        return facts | {"peak_memory_gb": np.float64(self.about["peak_memory_gb"])}
+
+
+# --- Import: run folder -> csv ---
+def read_rows(lines: Iterable[str]) -> dict[str, np.ndarray]:
+    rows = list(csv.DictReader(lines))
+    return {name: np.array([float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
+
+
+def read_folder(folder: Path) -> Run:
+    """A run as it left its folder; one that was stopped before its first evaluation has no columns."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        progress, resources, args = folder / "progress.csv", folder / "resources.json", config["args"]
+        columns = read_rows(progress.read_text().splitlines()) if progress.exists() else {}
+        # <dataset>__<algo>__<variant>__<seed>, as a grid names its runs; other names tell no variant
+        name = re.search(rf"__{config['algo']}__(?:(.*)__)?{args['seed']}$", folder.resolve().name)
+        about = {"command": public_command(config), "hardware": config.get("hardware", "unknown")}
+        about |= {what: config[what] for what in ("commit", "versions", "python", "algo", "data_hash")}
+        about |= {"dataset": without_folder(args["dataset"]), "variant": (name and name[1]) or ""}
+        about |= {what: args[what] for what in ("seed", "num_updates", "score_evals")}
+        memory = json.loads(resources.read_text())["peak_memory_gb"] if resources.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no readable run ({error!r}): remove it, or run it again") from None
+    data = load_data(args["dataset"], args.get("env_id") or None, args.get("successors") == "classic")
+    if data and data.data_hash != about["data_hash"]:
+        print(f"note: {args['dataset']} is not what {folder} was run on: its mean is left out", file=sys.stderr)
+        data = None
+    about["behaviour"] = float(f"{data.episode_returns.mean():.6g}") if data else None
+    about["ref_scores"] = data.ref_scores if data else None
+    return Run(folder, about | {"peak_memory_gb": memory}, columns)
+
+
+@cache
+def load_data(name: str, env_id: str | None, classic_successors: bool) -> OfflineDataset | None:
+    try:
+        return load_dataset(name, "cpu", env_id, classic_successors)
+    except InputError as error:
+        print(f"note: the mean of {name} is left out ({error})", file=sys.stderr)
+        return None
+
+
+def without_folder(text: str) -> str:
+    """Of a file, or of a path that only one machine has, the name."""
+    return Path(text).name if text.startswith(("/", "~", "./", "../")) or Path(text).suffix in DATA_FILES else text
+
+
+def public_command(config: dict) -> str:
+    """The run's command without what only one machine knows: where runs are kept, the folders of files.
+
+    A resumed run was told its settings by its folder: those that are no defaults are put in.
+    """
+    flags = list(itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(config["command"])))[1:]
+    if any(flag.startswith("--resume") for flag in flags):
+        module, flags = importlib.import_module(f"algos.{config['algo']}"), []
+        defaults, tuned = asdict(module.Args()), {name for settings in module.TUNED.values() for name in settings}
+        for name, value in config["args"].items():
+            if value != defaults.get(name) or name in tuned:
+                flag = name.replace("_", "-")
+                flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
+    public, flags = ["python", f"algos/{config['algo']}.py"], iter(flags)
+    for flag in flags:
+        name, equals, value = flag.partition("=") if flag.startswith("--") else ("", "", flag)
+        if name.replace("_", "-") not in ("--run-dir", "--run-name", "--resume"):
+            public.append(name + equals + without_folder(value))
+        elif not equals:
+            next(flags, None)
+    return shlex.join(public)
+
+
+def write_csv(folder: Path, run: Run) -> Path:
+    """Every evaluation, under a first line that tells how the run was made."""
+    dataset, algo, variant, seed = (run.about[name] for name in ("dataset", "algo", "variant", "seed"))
+    path = folder / f"{'__'.join(filter(None, (dataset.replace('/', '-'), algo, variant, str(seed))))}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [[f"{v:.0f}" if name == "update" else f"{v:.6g}" for v in run.columns[name]] for name in run.columns]
+    lines = [f"# {json.dumps(run.about)}", ",".join(run.columns), *(",".join(row) for row in zip(*columns))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def import_runs(args: Args) -> None:
+    folders = {path: sorted(config.parent for config in path.rglob("config.json")) for path in args.runs}
+    if empty := [str(path) for path, found in folders.items() if not found]:
+        raise InputError(f"no run folder in {', '.join(empty)}: one holds config.json and progress.csv")
+    origin = {}  # key of a run -> its folder
+    for folder in dict.fromkeys(itertools.chain(*folders.values())):
+        run = read_folder(folder)
+        done, total = run.columns["update"][-1] if run.columns else 0, run.about["num_updates"]
+        if not done or (done < total and not args.partial):
+            print(f"left out: {folder} was evaluated up to update {done:,.0f} of {total:,}", file=sys.stderr)
+        elif not np.isfinite(run.columns["return_mean"]).all():
+            print(f"left out: {folder} was not evaluated in an environment", file=sys.stderr)
+        else:
+            key = tuple(run.about[name] for name in ("dataset", "algo", "variant", "seed"))
+            if key in origin:
+                raise InputError(f"{origin[key]} and {folder} are the same seed of the same cell: give one of them")
+            origin[key] = folder
+            print(f"{folder} -> {write_csv(args.out, run)}")
+
+
+# --- Cells: the seeds of one method on one dataset ---
+@dataclass
+class Cell:
+    dataset: str
+    algo: str
+    variant: str  # settings that were changed
+    runs: list[Run]
+    facts: dict[str, np.ndarray]  # Run.facts, each (num_seeds,)
+
+    @property
+    def method(self) -> str:
+        return f"{self.algo} {self.variant}".strip()
+
+    @property
+    def updates(self) -> str:
+        done, total = min(run.columns["update"][-1] for run in self.runs), self.runs[0].about["num_updates"]
+        return f"{total:,}" if done == total else f"{done:,.0f} of {total:,}"
+
+
+def read_csv(path: Path) -> Run:
+    try:
+        with open(path, newline="") as file:
+            run = Run(path, json.loads(file.readline().removeprefix("# ")), read_rows(file))
+        run.facts(), [run.about[name] for name in ("dataset", "algo", "variant", "seed", "num_updates", "data_hash")]
+        return run
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no csv of a run ({error!r}): import its run folder again") from None
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    cells = {}
+    for run in sorted(map(read_csv, folder.glob("*.csv")), key=lambda run: run.about["seed"]):
+        cells.setdefault(tuple(run.about[name] for name in ("dataset", "algo", "variant")), []).append(run)
+    if not cells:
+        raise InputError(f"no csv of a run in {folder}: give run folders to import")
+    for runs in cells.values():
+        for other, what in itertools.product(runs[1:], ("data_hash", "num_updates", "score_evals")):
+            if other.about[what] != runs[0].about[what]:
+                raise InputError(f"{runs[0].path} and {other.path} differ in {what}: no mean over them makes sense")
+    facts = {key: [run.facts() for run in runs] for key, runs in cells.items()}
+    columns = {key: {name: np.array([f[name] for f in facts[key]]) for name in facts[key][0]} for key in cells}
+    return [Cell(*key, cells[key], columns[key]) for key in sorted(cells)]
+
+
+# --- Statistics over datasets: an array of scores (num_seeds,) for each, or draws of them (NUM_DRAWS, num_seeds) ---
+def bootstrap(scores: list[np.ndarray]) -> list[np.ndarray]:
+    """Seeds drawn with replacement within each dataset, the same draws whenever the numbers of seeds are the same."""
+    rng = np.random.default_rng(0)
+    return [s[rng.integers(len(s), size=(NUM_DRAWS, len(s)))] for s in scores]
+
+
+def interquartile_mean(scores: list[np.ndarray]) -> np.ndarray:
+    """Of all runs together, a quarter (rounded down) cut off at either end."""
+    pooled = np.sort(np.concatenate(scores, axis=-1), axis=-1)
+    cut = pooled.shape[-1] // 4
+    return pooled[..., cut : pooled.shape[-1] - cut].mean(axis=-1)
+
+
+def improvement(scores: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    """P(a run's score > another method's) on the same dataset, ties count half; mean over datasets."""
+    pairs = [(a[..., :, None], b[..., None, :]) for a, b in zip(scores, others, strict=True)]
+    return np.mean([((a > b) + 0.5 * (a == b)).mean(axis=(-2, -1)) for a, b in pairs], axis=0)
+
+
+def profile(scores: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """Share of runs above each threshold, mean over datasets: (..., num_thresholds)"""
+    return sum((s[..., None] > thresholds).mean(axis=-2) for s in scores) / len(scores)
+
+
+def interval(function: Callable, scores: list[np.ndarray]) -> np.ndarray:
+    """(2, ...): the 95 % interval of what `function` makes of the scores."""
+    return np.percentile(function(bootstrap(scores)), [2.5, 97.5], axis=0)
+
+
+def comparable(cells: list[Cell]) -> list[tuple[tuple[str, ...], dict[str, list[np.ndarray]]]]:
+    """For every set of datasets that some method was run on: method -> scores, of all methods that have all of it."""
+    scores = {}
+    for cell in cells:
+        if np.isfinite(cell.facts["score"]).all():
+            scores.setdefault(cell.method, {})[cell.dataset] = cell.facts["score"]
+    sets = sorted({tuple(sorted(have)) for have in scores.values()}, key=lambda names: (-len(names), names))
+    return [
+        (names, {m: [have[name] for name in names] for m, have in sorted(scores.items()) if set(names) <= set(have)})
+        for names in sets
+    ]
+
+
+# --- Figures ---
+def finish(figure: plt.Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_curves(path: Path, cells: list[Cell], colors: dict[str, tuple]) -> None:
+    """Mean over seeds with the range of the seeds, against updates and against the median seed's seconds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    behaviour = cells[0].runs[0].about["behaviour"]
+    for axis, column, label in zip(axes, ("update", "seconds"), ("updates", "seconds")):
+        for cell in cells:
+            num, color = min(len(run.columns["update"]) for run in cell.runs), colors[cell.method]
+            x = np.median([run.columns[column][:num] for run in cell.runs], axis=0)
+            returns = np.array([run.columns["return_mean"][:num] for run in cell.runs])  # (seeds, evaluations)
+            axis.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.2, linewidth=0)
+            axis.plot(x, returns.mean(axis=0), color=color, label=f"{cell.method} ({len(cell.runs)})")
+        if behaviour is not None:
+            axis.axhline(behaviour, color="black", linestyle="--", label="the data's mean")
+        axis.set(xlabel=label, xlim=(0, None))
+        axis.locator_params(axis="x", nbins=5)
+    axes[0].set_ylabel("return in the real environment")
+    figure.suptitle(f"{cells[0].dataset}: mean and range of seeds (their number)", fontsize="medium")
+    finish(figure, path)
+
+
+def draw_profiles(path: Path, groups: list, colors: dict[str, tuple]) -> None:
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), layout="constrained", squeeze=False)
+    everything = np.concatenate([s for _, methods in groups for scores in methods.values() for s in scores])
+    thresholds = np.linspace(min(everything.min(), 0), max(everything.max(), 100) * 1.02, 201)
+    for axis, (names, methods) in zip(axes[0], groups):
+        for method, scores in methods.items():
+            low, high = interval(lambda s: profile(s, thresholds), scores)
+            axis.fill_between(thresholds, low, high, color=colors[method], alpha=0.2, linewidth=0)
+            axis.plot(thresholds, profile(scores, thresholds), color=colors[method], label=method)
+        axis.set_xlabel("normalised score")
+        axis.set_title(", ".join(names) if len(names) < 3 else f"{len(names)} datasets", fontsize="medium")
+    axes[0, 0].set_ylabel("share of runs above it")
+    finish(figure, path)
+
+
+# --- Text ---
+def number(value: float, digits: int = 1) -> str:
+    return f"{round(value, digits) + 0.0:,.{digits}f}" if np.isfinite(value) else "-"  # + 0.0: no -0.0
+
+
+def mean_sd(values: np.ndarray, digits: int = 1) -> str:
+    spread = f" ± {number(values.std(ddof=1), digits)}" if len(values) > 1 and np.isfinite(values).all() else ""
+    return number(values.mean(), digits) + spread
+
+
+def with_interval(function: Callable, scores: list[np.ndarray], digits: int) -> str:
+    low, high = (number(bound, digits) for bound in interval(function, scores))
+    return number(function(scores), digits) + (f" [{low}, {high}]" if min(map(len, scores)) > 1 else "")
+
+
+def table(header: str, rows: list[list]) -> str:
+    names = header.split(", ")
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [names, ["---"] * len(names), *rows])
+
+
+def score_table(cells: list[Cell]) -> str:
+    rows = []
+    for cell in cells:
+        mean = {name: number(values.mean()) for name, values in cell.facts.items()}
+        row = [cell.dataset, cell.method, len(cell.runs), cell.updates]
+        row += [mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
+        row += [f"{mean[f'{what}_score']} ({mean[f'{what}_return']})" for what in ("best", "data")]
+        row += [mean["minutes"], number(cell.facts["updates_per_second"].mean(), 0)]
+        rows.append([*row, number(cell.facts["peak_memory_gb"].max())])
+    return table("dataset, method, seeds, updates, score, return, best, data, minutes, updates/s, GB", rows)
+
+
+def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
+    def first_better(scores: list[np.ndarray]) -> np.ndarray:
+        return improvement(scores[: len(names)], scores[len(names) :])
+
+    rows = [[m, " + ".join(str(len(s)) for s in scores), scores] for m, scores in methods.items()]
+    rows = [[method, num_runs, with_interval(interquartile_mean, scores, 1)] for method, num_runs, scores in rows]
+    pairs = [
+        [a, b, with_interval(first_better, methods[a] + methods[b], 2)] for a, b in itertools.combinations(methods, 2)
+    ]
+    text = f"### {', '.join(names)}\n\n{table('method, runs, IQM', rows)}\n"
+    return text + (f"\n{table('A, B, P(A > B)', pairs)}\n" if pairs else "")
+
+
+def origin_table(cells: list[Cell]) -> str:
+    rows = []
+    for cell in cells:
+        about = [run.about for run in cell.runs]
+        scores = ", ".join(f"{a['seed']}: {number(score)}" for a, score in zip(about, cell.facts["score"]))
+        commits, hardware = dict.fromkeys(a["commit"][:7] for a in about), dict.fromkeys(a["hardware"] for a in about)
+        row = [cell.dataset, cell.method, scores, f"`{about[0]['command']}`", ", ".join(commits), "; ".join(hardware)]
+        rows.append(row)
+    return table("dataset, method, score by seed, command of the first, commit, hardware", rows)
+
+
+def published_tables() -> str:
+    with open(ROOT / "benchmarks" / "published.csv", newline="") as file:
+        rows, tables = list(csv.DictReader(file)), {}
+    for row in rows:
+        row["score"] += f" ± {row['spread']}" if row["spread"] else ""
+        title = f"**{row['method']}, {row['data_version']}**, seeds: {row['seeds']}. {row['protocol']} {row['source']}"
+        tables.setdefault(title, []).append([row["dataset"], row["score"], row["note"]])
+    return "\n\n".join(f"{title}\n\n{table('dataset, score, note', lines)}" for title, lines in tables.items())
+
+
+def report(cells: list[Cell], groups: list, curves: dict[str, str]) -> str:
+    profiles = "Share of runs above a score, with 95 % intervals:\n\n![Performance profiles](profile.png)"
+    over_datasets = [*(overall_tables(*group) for group in groups), profiles] if groups else ["No normalised scores."]
+    images = [f"![Return on {dataset}]({name})\n" for dataset, name in curves.items()]
+    return "\n".join(
+        [
+            "# Scores\n\nWritten by `python benchmarks/report.py` from the csv files of the runs.\n",
+            *(LEGEND, "", score_table(cells), "\n## Over datasets\n", OVERALL, "", *over_datasets),
+            *("\n## Learning curves\n", CURVES, *images, "## How the runs were made\n", origin_table(cells)),
+            "\n## Published scores\n\nOther data, other environments, other protocols: no column of the table above.\n",
+            published_tables() + "\n",
+        ]
+    )
+
+
+def report_csv(cells: list[Cell]) -> str:
+    lines = [
+        ["dataset", "algo", "variant", "seeds", "updates", "score_evals", *cells[0].facts, "score_sd", "return_sd"]
+    ]
+    for cell in cells:
+        updates = min(run.columns["update"][-1] for run in cell.runs)
+        values = [f.max() if name == "peak_memory_gb" else f.mean() for name, f in cell.facts.items()]
+        values += [cell.facts[name].std(ddof=1) if len(cell.runs) > 1 else np.nan for name in ("score", "return")]
+        line = [cell.dataset, cell.algo, cell.variant, len(cell.runs), int(updates), cell.runs[0].about["score_evals"]]
+        lines.append(line + [f"{value:.6g}" if np.isfinite(value) else "" for value in values])
+    csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def readme_table(cells: list[Cell]) -> str:
+    """The scripts with the settings that they have for each dataset, no variants."""
+    rows = []
+    for cell in sorted(cells, key=lambda cell: (cell.algo, cell.dataset)):
+        score, returns = mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"], 0)
+        row = [f"[{cell.algo}.py](algos/{cell.algo}.py)", cell.dataset, cell.updates, f"{score} ({len(cell.runs)})"]
+        rows += [] if cell.variant else [[*row, returns, number(cell.facts["data_return"].mean(), 0)]]
+    return table("script, dataset, updates, score (seeds), return, the data's mean return", rows)
+
+
+def replace_table(path: Path, text: str) -> None:
+    try:
+        before, rest = path.read_text().split("<!-- scores -->")
+        after = rest.split("<!-- /scores -->")[1]
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path} lacks the lines <!-- scores --> and <!-- /scores --> ({error}): add them") from None
+    path.write_text(f"{before}<!-- scores -->\n\n{text}\n\n<!-- /scores -->{after}")
+
+
+def main(args: Args) -> None:
+    if args.runs:
+        import_runs(args)
+    cells = read_cells(args.out)
+    groups = comparable(cells)
+    colors = {m: plt.get_cmap("tab10")(i % 10) for i, m in enumerate(sorted({cell.method for cell in cells}))}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    curves = {cell.dataset: f"curves-{cell.dataset.replace('/', '-')}.png" for cell in cells}
+    for dataset, name in curves.items():
+        draw_curves(args.out_dir / name, [cell for cell in cells if cell.dataset == dataset], colors)
+    if groups:
+        draw_profiles(args.out_dir / "profile.png", groups, colors)
+    (args.out_dir / "report.csv").write_text(report_csv(cells))
+    (args.out_dir / "report.md").write_text(report(cells, groups, curves))
+    if readme := args.readme or (ROOT / "README.md" if args == Args() else None):
+        replace_table(readme, readme_table(cells))
+    print(f"{score_table(cells)}\n\n{args.out_dir / 'report.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")

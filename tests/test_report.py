@@ -1,0 +1,254 @@
+"""From made-up run folders to csv files, report and README, checked against numbers worked out by hand."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import report
+from benchmarks.report import Args
+from common.dataset import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class FakeData:
+    episode_returns, ref_scores, data_hash = np.array([-1.0, 3.0]), (0.0, 200.0), "abc"
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch):
+    """Names of the datasets that were looked up; "a" and "b" exist, and return 100 is a normalised score of 50."""
+    names = []
+
+    def load(name, device, env_id, classic_successors):
+        names.append(name)
+        if not name.endswith(("a/v0", "b/v0")):
+            raise InputError(f"no {name}")
+        return FakeData()
+
+    monkeypatch.setattr(report, "load_dataset", load)
+    report.load_data.cache_clear()
+    return names
+
+
+def make_run(
+    folder, returns, dataset="a/v0", seed=0, num_updates=None, command="python algos/mopo.py", hash="abc", **more
+):
+    """A run folder with one evaluation every 10 updates; the score is that of the last two."""
+    folder.mkdir(parents=True)
+    num_updates = num_updates or 10 * len(returns)
+    args = {"dataset": dataset, "env_id": "", "seed": seed, "num_updates": num_updates, "score_evals": 2}
+    config = {"algo": "mopo", "args": args, "data_hash": hash, "versions": {"torch": "2"}, "python": "3.11.7"}
+    config |= {"commit": "1234567890", "command": command, **more}
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "progress.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["update", "seconds", "updates_per_second", "return_mean", "normalised_score", "q"])
+        for i, value in enumerate(returns, start=1):
+            rows.writerow([10 * i, 60.0 * i, 5.0 + i, value, value / 2, 1 / 3])
+    return folder
+
+
+def call(tmp_path, *runs, **kwargs):
+    """Imports and reports into tmp_path; returns the rows of report.csv by (dataset, variant)."""
+    report.main(Args(runs=runs, out=tmp_path / "csv", out_dir=tmp_path / "out", **kwargs))
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        return {(row["dataset"], row["variant"]): row for row in csv.DictReader(file)}
+
+
+def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tmp_path):
+    grid = tmp_path / "grid"
+    make_run(grid / "a-v0__mopo__0", [0, 90, 10, 30], seed=0)  # last two: 20
+    make_run(grid / "a-v0__mopo__1", [0, 20, 20, 60], seed=1)  # last two: 40
+    (grid / "a-v0__mopo__1" / "resources.json").write_text('{"peak_memory_gb": 1.5}')
+    row = call(tmp_path, grid)["a/v0", ""]
+    assert (row["algo"], row["seeds"], row["updates"], row["score_evals"]) == ("mopo", "2", "40", "2")
+    values = {name: float(row[name]) for name in list(row)[6:] if row[name]}
+    assert values == pytest.approx(
+        {"score": 15, "return": 30, "score_sd": 50**0.5, "return_sd": 200**0.5}  # ddof = 1
+        | {"best_score": 37.5, "best_return": 75, "data_score": 0.5, "data_return": 1}
+        | {"minutes": 4, "updates_per_second": 7.5},
+        rel=1e-5,
+    )  # the peak memory of one seed is not known, so that of the cell is not either
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| a/v0 | mopo | 2 | 40 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 (75.0) | 0.5 (1.0) | 4.0 | 8 | - |" in text
+    assert (tmp_path / "out" / "curves-a-v0.png").stat().st_size and (tmp_path / "out" / "profile.png").stat().st_size
+
+
+def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp_path):
+    run = make_run(
+        tmp_path / "g" / "a-v0__mopo__penalty-coef=0.0,gamma=0.9__3", [1, 2.123456789], seed=3, hardware="C64"
+    )
+    (run / "resources.json").write_text('{"peak_memory_gb": 1.5}')
+    assert call(tmp_path, run)["a/v0", "penalty-coef=0.0,gamma=0.9"]["peak_memory_gb"] == "1.5"
+    path = tmp_path / "csv" / "a-v0__mopo__penalty-coef=0.0,gamma=0.9__3.csv"
+    first, *rest = path.read_text().splitlines()
+    assert json.loads(first.removeprefix("# ")) == {
+        "command": "python algos/mopo.py", "hardware": "C64", "commit": "1234567890", "versions": {"torch": "2"},
+        "python": "3.11.7", "algo": "mopo", "data_hash": "abc", "dataset": "a/v0",
+        "variant": "penalty-coef=0.0,gamma=0.9", "seed": 3, "num_updates": 20, "score_evals": 2, "behaviour": 1.0,
+        "ref_scores": [0.0, 200.0], "peak_memory_gb": 1.5,
+    }  # fmt: skip
+    columns = "update,seconds,updates_per_second,return_mean,normalised_score,q"
+    assert rest == [columns, "10,60,6,1,0.5,0.333333", "20,120,7,2.12346,1.06173,0.333333"]
+
+
+@pytest.mark.parametrize("name", ["a-v0__mopo__3__20261124-002445-038924", "a-v0__mopo__3", "mine"])
+def test_a_name_that_no_grid_gave_tells_no_variant(name, tmp_path):
+    assert list(call(tmp_path, make_run(tmp_path / name, [1, 2], seed=3))) == [("a/v0", "")]
+
+
+def test_unfinished_runs_are_left_out_and_said_unless_partial(tmp_path, capsys):
+    grid = tmp_path / "grid"
+    make_run(grid / "whole", [1, 2, 3])
+    make_run(grid / "cut", [1, 3], seed=1, num_updates=30)
+    make_run(grid / "begun", [], seed=2, num_updates=30)
+    make_run(grid / "blind", [1, 2, np.nan], seed=3)
+    assert call(tmp_path, grid)["a/v0", ""]["seeds"] == "1"
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.split("grid/")[1] for line in errors] == [
+        "begun was evaluated up to update 0 of 30",
+        "blind was not evaluated in an environment",
+        "cut was evaluated up to update 20 of 30",
+    ]
+    row = call(tmp_path, grid, partial=True)["a/v0", ""]
+    assert (row["seeds"], row["updates"], row["return"]) == ("2", "20", "2.25")
+    assert "| 20 of 30 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_commands_name_no_folder_of_a_machine():
+    def public(flags, script="python algos/mopo.py", **args):
+        command = report.public_command({"algo": "mopo", "command": f"{script} {flags}", "args": args})
+        assert command.startswith("python algos/mopo.py ")
+        return command.removeprefix("python algos/mopo.py ")
+
+    flags = "--dataset /home/me/hopper_medium-v2.hdf5 --run-dir /tmp/x --seed 1 --run_name=n --no-compile"
+    assert public(flags) == "--dataset hopper_medium-v2.hdf5 --seed 1 --no-compile"
+    assert public("--dataset=data/my.npz --gamma .9") == "--dataset=my.npz --gamma .9"
+    assert public("--dataset a/v0", script="/work/x/algos/mopo.py") == "--dataset a/v0"
+    # a resumed run's settings are in its folder: all that are not the script's defaults, or that TUNED may set
+    args = {"dataset": "a/v0", "seed": 4, "gamma": 0.99, "compile": False, "penalty_coef": 1.0, "max_alpha": np.inf}
+    resumed = public("--resume /tmp/x/run", **args, run_dir="/tmp/x", run_name="run")
+    assert resumed == "--dataset=a/v0 --seed=4 --no-compile --penalty-coef=1.0 --max-alpha=inf"
+
+
+def test_data_that_cannot_be_loaded_or_changed_leave_their_mean_out(tmp_path, capsys, loaded):
+    make_run(tmp_path / "g" / "0", [1, 2], dataset="/home/me/gone.hdf5")
+    make_run(tmp_path / "g" / "1", [1, 2], dataset="/home/me/gone.hdf5", seed=1)
+    make_run(tmp_path / "g" / "2", [1, 2], dataset="b/v0", hash="other")
+    rows = call(tmp_path, tmp_path / "g")
+    assert set(rows) == {("gone.hdf5", ""), ("b/v0", "")}
+    assert {row["data_return"] for row in rows.values()} == {""} and loaded == ["/home/me/gone.hdf5", "b/v0"]
+    errors = capsys.readouterr().err
+    assert "the mean of /home/me/gone.hdf5 is left out (no /home/me/gone.hdf5)" in errors
+    assert "b/v0 is not what" in errors
+
+
+def test_interquartile_mean_cuts_a_quarter_at_either_end_of_all_runs():
+    scores = [np.array([0.0, 1, 2, 3]), np.array([10.0, 11, 12, 100])]
+    assert report.interquartile_mean(scores) == (2 + 3 + 10 + 11) / 4
+    assert report.interquartile_mean([np.array([1.0, 2, 6])]) == 3  # a quarter of three runs is none
+    assert report.interquartile_mean([np.array([9.0, 1, 2, 3, 50])]) == (2 + 3 + 9) / 3
+
+
+def test_improvement_counts_pairs_on_the_same_dataset_and_ties_half():
+    # 1: 3 > 1, 3 > 2, 2 > 1, 2 = 2: 3.5 of 4; 2: 0 of 2
+    scores, others = [np.array([3.0, 2]), np.array([0.0])], [np.array([1.0, 2]), np.array([5.0, 6])]
+    assert report.improvement(scores, others) == (3.5 / 4 + 0) / 2
+    assert report.improvement(others, scores) == 1 - (3.5 / 4 + 0) / 2
+
+
+def test_profile_is_the_share_of_runs_above_a_threshold_averaged_over_datasets():
+    scores = [np.array([1.0, 2, 3, 4]), np.array([3.0])]
+    assert report.profile(scores, np.array([0.0, 1.0, 3.0, 4.0])).tolist() == [1, (3 / 4 + 1) / 2, 1 / 8, 0]
+
+
+def test_bootstrap_draws_seeds_within_each_dataset_and_its_interval_is_that_of_a_mean():
+    draws = report.bootstrap([np.array([1.0, 2, 3]), np.array([10.0, 20])])
+    assert [d.shape for d in draws] == [(report.NUM_DRAWS, 3), (report.NUM_DRAWS, 2)]
+    assert set(draws[0].ravel()) == {1, 2, 3} and set(draws[1].ravel()) == {10, 20}
+    scores = np.random.default_rng(0).normal(size=400)
+    low, high = report.interval(lambda s: s[0].mean(axis=-1), [scores])
+    assert (low, high) == pytest.approx(scores.mean() + np.array([-1.96, 1.96]) * scores.std() / 20, abs=0.01)
+
+
+def test_methods_are_compared_on_the_datasets_that_they_share(tmp_path):
+    grid = tmp_path / "grid"
+    make_run(grid / "a-v0__mopo__0", [2, 2])
+    make_run(grid / "b-v0__mopo__0", [6, 6], dataset="b/v0")
+    make_run(grid / "a-v0__mopo__x=1__0", [8, 8])
+    call(tmp_path, grid)
+    groups = report.comparable(report.read_cells(tmp_path / "csv"))
+    assert [
+        (names, {m: [s.tolist() for s in scores] for m, scores in methods.items()}) for names, methods in groups
+    ] == [
+        (("a/v0", "b/v0"), {"mopo": [[1], [3]]}),
+        (("a/v0",), {"mopo": [[1]], "mopo x=1": [[4]]}),
+    ]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "### a/v0, b/v0\n\n| method | runs | IQM |\n| --- | --- | --- |\n| mopo | 1 + 1 | 2.0 |\n" in text
+    assert "| mopo | mopo x=1 | 0.00 |\n" in text  # no intervals from one seed
+
+
+def test_the_same_runs_give_the_same_files(tmp_path):
+    make_run(tmp_path / "g" / "a-v0__mopo__0", [1, 2, 4])
+    make_run(tmp_path / "g" / "a-v0__mopo__1", [1, 3, 3], seed=1)
+    outputs = []
+    for _ in range(2):
+        call(tmp_path, tmp_path / "g")
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 4
+
+
+def test_bad_input_is_said_in_one_sentence(tmp_path):
+    def error(*runs, **kwargs):
+        with pytest.raises(InputError) as caught:
+            call(tmp_path, *runs, **kwargs)
+        message = str(caught.value).replace(str(tmp_path), "T")
+        assert "\n" not in message
+        return message
+
+    (tmp_path / "empty").mkdir()
+    assert error(tmp_path / "empty", tmp_path / "no") == (
+        "no run folder in T/empty, T/no: one holds config.json and progress.csv"
+    )
+    assert error() == "no csv of a run in T/csv: give run folders to import"
+    make_run(tmp_path / "g" / "0", [1, 2])
+    make_run(tmp_path / "h" / "1", [1, 2])
+    assert error(tmp_path / "g", tmp_path / "h") == (
+        "T/g/0 and T/h/1 are the same seed of the same cell: give one of them"
+    )
+    make_run(tmp_path / "g" / "1", [1, 2], seed=1, hash="other")
+    assert error(tmp_path / "g") == (
+        "T/csv/a-v0__mopo__0.csv and T/csv/a-v0__mopo__1.csv differ in data_hash: no mean over them makes sense"
+    )
+    (tmp_path / "csv" / "a-v0__mopo__1.csv").write_text("update,seconds\n1,2\n")
+    assert error().startswith("T/csv/a-v0__mopo__1.csv is no csv of a run (JSONDecodeError")
+    (tmp_path / "csv" / "a-v0__mopo__1.csv").unlink()
+    (tmp_path / "x.md").write_text("no markers")
+    assert error(readme=tmp_path / "x.md").startswith("T/x.md lacks the lines <!-- scores --> and <!-- /scores -->")
+    (tmp_path / "g" / "0" / "config.json").write_text("{}")
+    assert error(tmp_path / "g").startswith("T/g/0 holds no readable run (KeyError('args')): remove it")
+
+
+def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 1
+    assert done.stderr == f"error: no run folder in {tmp_path}: one holds config.json and progress.csv\n"
+
+
+def test_committed_report_and_readme_are_what_the_committed_runs_give(tmp_path):
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    report.main(Args(out_dir=tmp_path, readme=tmp_path / "README.md"))
+    for name in ("report.md", "report.csv"):
+        assert (tmp_path / name).read_text() == (ROOT / "benchmarks" / "results" / name).read_text()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    figures = [path.name for path in tmp_path.glob("*.png")]
+    assert len(figures) >= 3 and all((ROOT / "benchmarks" / "results" / name).exists() for name in figures)
