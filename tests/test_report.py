@@ -128,13 +128,13 @@ def test_commands_name_no_folder_of_a_machine():
         assert command.startswith("python algos/mopo.py ")
         return command.removeprefix("python algos/mopo.py ")
 
-    flags = "--dataset /home/me/hopper_medium-v2.hdf5 --run-dir /tmp/x --seed 1 --run_name=n --no-compile"
+    flags = "--dataset /home/me/hopper_medium-v2.hdf5 --run-dir /home/me/x --seed 1 --run_name=n --no-compile"
     assert public(flags) == "--dataset hopper_medium-v2.hdf5 --seed 1 --no-compile"
     assert public("--dataset=data/my.npz --gamma .9") == "--dataset=my.npz --gamma .9"
-    assert public("--dataset a/v0", script="/work/x/algos/mopo.py") == "--dataset a/v0"
+    assert public("--dataset a/v0", script="/home/me/x/algos/mopo.py") == "--dataset a/v0"
     # a resumed run's settings are in its folder: all that are not the script's defaults, or that TUNED may set
     args = {"dataset": "a/v0", "seed": 4, "gamma": 0.99, "compile": False, "penalty_coef": 1.0, "max_alpha": np.inf}
-    resumed = public("--resume /tmp/x/run", **args, run_dir="/tmp/x", run_name="run")
+    resumed = public("--resume /home/me/x/run", **args, run_dir="/home/me/x", run_name="run")
     assert resumed == "--dataset=a/v0 --seed=4 --no-compile --penalty-coef=1.0 --max-alpha=inf"
 
 
