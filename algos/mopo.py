@@ -101,18 +101,19 @@ class Args:
     reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code, 1], or the mean [MOPO paper]
 
 
-TUNED = {  # for the embedded default ours, for D4RL v2 (rollout_length, penalty_coef) of OfflineRL-Kit
+TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of OfflineRL-Kit
     "pendulum/random-v0": dict(
         num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, dynamics_max_epochs=30,
         rollout_batch_size=5_000, penalty_coef=0.5, actor_lr=3e-4, alpha_lr=3e-4,
     ),
 } | {
-    f"d4rl/{name}-v2": dict(rollout_length=length, penalty_coef=coef)
+    dataset: dict(rollout_length=length, penalty_coef=coef)
     for name, (length, coef) in {
-        "halfcheetah-medium": (5, 0.5), "halfcheetah-medium-replay": (5, 0.5), "halfcheetah-medium-expert": (5, 2.5),
-        "hopper-medium": (5, 5.0), "hopper-medium-replay": (5, 2.5), "hopper-medium-expert": (5, 5.0),
-        "walker2d-medium": (5, 0.5), "walker2d-medium-replay": (1, 2.5), "walker2d-medium-expert": (1, 2.5),
+        "halfcheetah/medium": (5, 0.5), "halfcheetah/medium-replay": (5, 0.5), "halfcheetah/medium-expert": (5, 2.5),
+        "hopper/medium": (5, 5.0), "hopper/medium-replay": (5, 2.5), "hopper/medium-expert": (5, 5.0),
+        "walker2d/medium": (5, 0.5), "walker2d/medium-replay": (1, 2.5), "walker2d/medium-expert": (1, 2.5),
     }.items()
+    for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
 
 
@@ -153,7 +154,7 @@ class Actor(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, obs_dim), (batch, action_dim) -> action (batch, action_dim) in (-1, 1), log_prob (batch,)"""
+        """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         log_std = log_std.clamp(-5, 2)
         x = mean + log_std.exp() * noise
