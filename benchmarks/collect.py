@@ -57,7 +57,7 @@ ENVS = {
     "hopper": Env("Hopper-v5", (1_000, 1_500), 3_000, 1_000_000),
     "halfcheetah": Env("HalfCheetah-v5", (4_000, 5_000), 9_000, 1_000_000),
     # with the friction of gym's v2 to v4, so that D4RL's reference scores mean the same here
-    "walker2d": Env("Walker2d-v5", (1_500, 3_000), 4_000, 1_000_000, {"xml_file": "walker2d.xml"}),
+    "walker2d": Env("Walker2d-v5", (1_500, 3_000), 3_500, 1_000_000, {"xml_file": "walker2d.xml"}),
     "inverteddoublependulum": Env("InvertedDoublePendulum-v5", (2_000, 4_500), 9_000, 200_000),
 }
 Grade = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
