@@ -1,7 +1,7 @@
 """OfflineRL-Kit on our datasets: its own run_example scripts, data and environment put in their place.
 
 The scripts import gym and d4rl of 2022, which do not install beside a present torch: two modules stand in for them,
-which make the dataset's environment (gymnasium) and hand over its rows with D4RL's keys. Four things differ from calling
+which make the dataset's environment and hand over its rows with D4RL's keys. Four things differ from calling
 a script by hand, none in what is learnt: there are evaluations every --eval-interval updates only; the ensemble's fit
 ends after --max-epochs at the latest, as ours does; simulated states go through the model a thousand at a time; and
 float32 products through oneDNN, where it is exact. The last two are faster on a CPU: this measures scores, not speed.
