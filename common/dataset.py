@@ -123,6 +123,8 @@ def load_dataset(
         the successor of every row is the next row of the file, also across the end of an episode.
     Raises InputError when the data cannot be found, read or used.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where users keep the modules of their environments
     path = _find(name)
     minari_set = env_spec = obs_space = action_space = ref_scores = None
     if path.is_dir():

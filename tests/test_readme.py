@@ -1,0 +1,31 @@
+"""The README's own environment: its code is taken from there and run as it stands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arrays(tmp_path):
+    section = (ROOT / "README.md").read_text().split("### An environment of your own")[1].split("\n## ")[0]
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", section, re.DOTALL):
+        (tmp_path / name).write_text(code)
+    env = os.environ | {"OFFLINE_MBRL_CACHE": str(tmp_path / "cache"), "MINARI_DATASETS_PATH": str(tmp_path / "minari")}
+    commands = [shlex.split(line) for line in re.findall(r"^    python (.*)$", section, re.MULTILINE)]
+    assert [command[0] for command in commands] == ["record.py", "algos/mopo.py"]
+    for script, *flags in commands:
+        quick = ["--no-compile", "--num-updates", "1200", "--eval-interval", "600"] if script != "record.py" else []
+        path = tmp_path / script if script == "record.py" else ROOT / script
+        command = [sys.executable, str(path), *flags, *quick]
+        output = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert output.returncode == 0, output.stderr
+    assert "auto chose learned: Walk-v0 is not in the table" in output.stdout
+    score, behaviour = (
+        float(re.search(rf"^{word} +(-?[\d.]+)", output.stdout, re.MULTILINE)[1]) for word in ("score", "behaviour")
+    )
+    # without a rule of termination the policy walks off the table: its score stays below 15
+    assert behaviour < 5 and score > 25
