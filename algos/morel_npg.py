@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 import tyro
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -102,7 +102,7 @@ class Args:
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of J-MOReL
     "pendulum/random-v0": dict(
         num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, dynamics_max_epochs=30,
-        threshold_coef=3.0, halt_offset=100.0,
+        threshold_coef=3.0, halt_offset=1_500.0, num_trajectories=100, step_size=0.05,
     ),
 } | {
     dataset: dict(threshold_coef=coef, halt_offset=offset, num_trajectories=num, horizon=horizon, num_updates=updates)
@@ -305,8 +305,8 @@ def natural_step(actor: Actor, obs: Tensor, action: Tensor, advantage: Tensor, a
     direction = conjugate_gradient(lambda x: product(x) + args.cg_damping * x, grad, args.cg_iterations)
     step = (args.step_size / (grad @ direction).clamp(min=1e-12)).sqrt() * direction
     with torch.no_grad():
-        theta = parameters_to_vector(params)
-        vector_to_parameters(theta + step, params)
+        for p, part in zip(params, step.split([p.numel() for p in params]), strict=True):
+            p.add_(part.view_as(p))
         actor.log_std.clamp_(min=math.log(args.min_std))
         return {"kl": kl_divergence(actor, obs, old_mean, old_log_std), "std": actor.log_std.exp().mean()}
 
@@ -354,6 +354,8 @@ def rollout(mdp: PessimisticMDP, actor: Actor, starts: Tensor, steps: int):
         obs[t, running], action[t, running], alive[t, running] = now, chosen, True
         reward[t, running], next_obs, terminal, halted[t, running] = mdp.step(now, chosen.clamp(-1, 1))
         now, running = next_obs[~terminal], running[~terminal]
+        if not len(now):
+            break
     return obs, action, reward, alive, halted
 
 
@@ -589,7 +591,7 @@ def main(args: Args, notes: list[str]) -> None:
         for net in (agent.actor, agent.value):
             net.obs_mean.copy_(mean)
             net.obs_std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
-        agent.value.scale.fill_(float(np.abs(data.episode_returns).max()))
+        agent.value.scale.fill_(max(np.abs(data.episode_returns).max(), abs(mdp.halt_reward)))
         clone(agent.actor, data, args)
     first, history = progress["update"], progress["history"]
     start -= progress["seconds"]
@@ -619,11 +621,7 @@ def main(args: Args, notes: list[str]) -> None:
             row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
             row |= {"normalised_score": float(data.normalised_score(returns.mean()))}
             row |= {"pessimistic_return": bound.mean().item(), "pessimistic_length": lengths.mean().item()}
-            row |= {
-                "halt_rate": halted.any(dim=0).double().mean().item(),
-                "rollout_mean": alive.sum().item() / len(begin),
-            }
-            row |= {"rollout_return": reward.sum(dim=0).mean().item()}
+            row |= {"halt_rate": (halted.sum() / alive.sum()).item(), "rollout_mean": alive.sum().item() / len(begin)}
             history.append(row | {name: value.item() for name, value in info.items()})
             write_progress(run, writer, history)
             bar.write(
