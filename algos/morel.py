@@ -1,17 +1,17 @@
 """MOReL: Model-Based Offline Reinforcement Learning (Kidambi et al. 2020, arXiv:2005.05951)
 
 An ensemble of dynamics models is fitted to the data once. Where its members disagree, the data do not tell what would
-happen, and there the model is no longer asked: in the pessimistic MDP the episode ends with a penalty (Sec. 4.2):
+happen, and there the model is no longer asked: in the pessimistic MDP the episode ends with a penalty (Sec. 4):
 
     disc(s,a) = max_{i,j} || f_i(s,a) - f_j(s,a) ||_2                          discrepancy()
     (s,a) is unknown where disc(s,a) > mean_D disc + beta * std_D disc         threshold()
     there the reward is -kappa = min_D r - offset, and the episode is over     PessimisticMDP
 
 What a policy earns there is roughly a lower bound of what it earns in truth; each evaluation logs the two side by side.
-Departures: [1] The planner is SAC on short rollouts from all states of the data, as in mopo.py with its [2] and [3];
-the paper's, a natural policy gradient on whole episodes, is morel_npg.py. [4] The members are Gaussians and the elites
-take turns at every step; in the paper they are deterministic. [5] The authors' code cuts the trajectory and adds
-nothing by default, and takes max_D disc / 3 for the threshold.
+Departures: the planner is SAC on short rollouts from all states of the data, that of mopo.py with its [2] and [3]; the
+paper's, a natural policy gradient on whole episodes, is morel_npg.py. [1] The members are Gaussians and the elites take
+turns at every step; in the paper they are deterministic and are asked one at a time. [4] The paper's rule: the authors'
+code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
 Run: python algos/morel.py
      python algos/morel.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -203,7 +203,7 @@ class Agent(nn.Module):
         self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
 
 
-# --- The method: Sec. 4.2 ---
+# --- The method: Sec. 4 ---
 #     disc(s,a) = max_{i,j} || f_i(s,a) - f_j(s,a) ||_2      among the members that simulate, in units of obs
 def discrepancy(next_mean: Tensor) -> Tensor:
     """next_mean: (num_members, batch, obs_dim). Returns (batch,)."""
@@ -234,7 +234,7 @@ class PessimisticMDP:
     def step(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Returns reward (batch,), next_obs (batch, obs_dim), terminal and halted, bool (batch,)."""
         next_mean, reward_mean, std = self.dynamics.predict(obs, action)
-        # every row is simulated by one elite, drawn anew at each step [4]
+        # every row is simulated by one elite, drawn anew at each step [1]
         elites, device = self.dynamics.elites, obs.device
         member = elites[torch.randint(len(elites), (len(obs),), device=device, generator=generator)]
         row = torch.arange(len(obs), device=device)
@@ -243,7 +243,7 @@ class PessimisticMDP:
         reward = reward_mean[member, row] + noise[:, -1]
         halted = ~(discrepancy(next_mean[elites]) <= self.threshold)  # also where a prediction is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
-        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [5]
+        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [4]
 
 
 @torch.no_grad()

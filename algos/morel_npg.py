@@ -6,11 +6,11 @@ the data's initial states and moves the policy by a KL divergence of about delta
     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]                      gae()
     F d = g = grad mean A pi / pi_old,   theta <- theta + sqrt(delta / g^T d) d          natural_step()
 
-Departures: [1] Nothing is bootstrapped where an episode ends, be it halted or at the horizon, of which V knows: the
-authors' code marks every trajectory as not terminated, so that halting costs almost nothing in A. [2] It also ignores
-halts in the first three steps. [4] The members are Gaussians and the elites take turns at every step; in the paper they
-are deterministic and each simulates whole trajectories. [5] The authors' code cuts the trajectory and adds nothing by
-default, and takes max_D disc / 3 for the threshold. [6] The reward is learned; the authors' code is told it.
+Departures: [1] The members are Gaussians and the elites take turns at every step; in the authors' code they are
+deterministic, each simulates trajectories of its own, and the reward is given, not learned. [2] Nothing is bootstrapped
+where a trajectory ends, be it halted or at the horizon, of which V knows: the authors' code marks every one as not
+terminated, so that halting costs almost nothing in A. [3] It also ignores halts in the first three steps. [4] The
+paper's rule: the authors' code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -191,7 +191,7 @@ class Agent(nn.Module):
         self.value_opt = Adam(list(self.value.parameters()), args.value_lr)
 
 
-# --- The method: Sec. 4.2 ---
+# --- The method: Sec. 4 ---
 #     disc(s,a) = max_{i,j} || f_i(s,a) - f_j(s,a) ||_2      among the members that simulate, in units of obs
 def discrepancy(next_mean: Tensor) -> Tensor:
     """next_mean: (num_members, batch, obs_dim). Returns (batch,)."""
@@ -222,7 +222,7 @@ class PessimisticMDP:
     def step(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Returns reward (batch,), next_obs (batch, obs_dim), terminal and halted, bool (batch,)."""
         next_mean, reward_mean, std = self.dynamics.predict(obs, action)
-        # every row is simulated by one elite, drawn anew at each step [4]
+        # every row is simulated by one elite, drawn anew at each step [1]
         elites, device = self.dynamics.elites, obs.device
         member = elites[torch.randint(len(elites), (len(obs),), device=device, generator=generator)]
         row = torch.arange(len(obs), device=device)
@@ -231,7 +231,7 @@ class PessimisticMDP:
         reward = reward_mean[member, row] + noise[:, -1]
         halted = ~(discrepancy(next_mean[elites]) <= self.threshold)  # also where a prediction is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
-        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [5]
+        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [4]
 
 
 @torch.no_grad()
@@ -248,7 +248,7 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
 # --- Natural policy gradient ---
 #     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """All (steps, num), with zeros after the end of an episode: nothing is bootstrapped there [1]."""
+    """All (steps, num), with zeros after the end of an episode: nothing is bootstrapped there [2]."""
     next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])
     advantage = reward + gamma * next_value - value
     for t in reversed(range(len(reward) - 1)):
@@ -353,7 +353,7 @@ def rollout(mdp: PessimisticMDP, actor: Actor, starts: Tensor, steps: int):
         chosen = actor(now) + actor.log_std.exp() * torch.randn(len(now), action.shape[-1], device=now.device)
         obs[t, running], action[t, running], alive[t, running] = now, chosen, True
         reward[t, running], next_obs, terminal, halted[t, running] = mdp.step(now, chosen.clamp(-1, 1))
-        now, running = next_obs[~terminal], running[~terminal]
+        now, running = next_obs[~terminal], running[~terminal]  # [3]
         if not len(now):
             break
     return obs, action, reward, alive, halted
