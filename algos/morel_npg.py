@@ -94,7 +94,7 @@ class Args:
     clone_epochs: int = 5  # passes over the data to begin with, by behaviour cloning [MOReL code]
     clone_lr: float = 1e-3  # [MOReL code]
     # --- The method ---
-    threshold_coef: float = 10.0  # beta: unknown is what lies so many deviations above the data's mean [TUNED]
+    threshold_coef: float = 5.0  # beta, deviations above the data's mean [10 to 50, by dataset: TUNED]
     halt_offset: float = 50.0  # -kappa lies so far below the data's smallest reward [30 to 200, by dataset: TUNED]
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
@@ -307,7 +307,7 @@ def natural_step(actor: Actor, obs: Tensor, action: Tensor, advantage: Tensor, a
     with torch.no_grad():
         for p, part in zip(params, step.split([p.numel() for p in params]), strict=True):
             p.add_(part.view_as(p))
-        actor.log_std.clamp_(min=math.log(args.min_std))
+        actor.log_std.clamp_(min=math.log(max(args.min_std, 1e-6)))
         return {"kl": kl_divergence(actor, obs, old_mean, old_log_std), "std": actor.log_std.exp().mean()}
 
 
