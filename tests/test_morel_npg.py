@@ -160,6 +160,15 @@ def test_fisher_product_equals_the_explicit_matrix():
     torch.testing.assert_close(product(vector), fisher @ vector, rtol=1e-9, atol=1e-12)
 
 
+def test_fisher_product_of_many_rows_is_the_mean_over_all_of_them():
+    actor, obs = small_actor(), randn(9_001, OBS_DIM)
+    obs[8_000:] += 3  # the last part differs, and is smaller
+    vector = randn(len(weights(actor)), seed=5)
+    parts = [(rows, npg.fisher_product(actor, rows)(vector)) for rows in obs.split(1_500)]
+    expected = sum(len(rows) * product for rows, product in parts) / len(obs)
+    torch.testing.assert_close(npg.fisher_product(actor, obs)(vector), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_conjugate_gradient_solves_and_stops_at_its_iterations():
     root = randn(12, 12)
     matrix, b, calls = root @ root.T + torch.eye(12), randn(12, seed=1), []
