@@ -301,7 +301,7 @@ def test_cloning_moves_the_mean_to_the_datas_actions_and_leaves_the_deviation():
 
 # --- Rollouts ---
 class HoleDynamics:
-    """The action moves a point, and pays its way to the right; the members disagree in a disc around the origin."""
+    """The action moves a point and pays its way to the right; around the origin the members disagree and promise much."""
 
     elites = torch.tensor([0, 1])
 
@@ -309,7 +309,7 @@ class HoleDynamics:
         mean = obs + 0.25 * action
         inside = (mean.norm(dim=-1) < 0.6).float()
         means = torch.stack([mean, mean + inside[:, None] * torch.tensor([0.0, 1e-3])])
-        reward = action[:, 0] - 0.2 * action[:, 1].abs()
+        reward = action[:, 0] - 0.2 * action[:, 1].abs() + 3 * inside
         return means, reward.expand(2, -1), torch.full((2, len(obs), 3), 0.01)
 
 
@@ -339,7 +339,8 @@ def test_trajectories_follow_the_model_from_their_starts_with_clipped_actions():
     clipped = action.clamp(-1, 1)
     assert (action.abs() > 1).any()
     assert (obs[1:] - obs[:-1] - 0.25 * clipped[:-1]).abs().max() < 0.06  # six deviations of the model
-    assert (reward - clipped[..., 0] + 0.2 * clipped[..., 1].abs()).abs().max() < 0.06
+    mean_reward = HoleDynamics().predict(obs.flatten(0, 1), clipped.flatten(0, 1))[1][0]
+    assert (reward.flatten() - mean_reward).abs().max() < 0.06
     z = (action - point_actor()(obs)) / 0.8
     torch.testing.assert_close(z.flatten(0, 1).T.cov(), torch.eye(2), rtol=0, atol=0.06)
 
@@ -368,7 +369,7 @@ def test_the_environments_own_ends_end_trajectories_too():
     lengths = alive.sum(dim=0)
     assert (lengths < 12).any() and not halted.any()
     after_first = obs[1:][alive[1:]]
-    assert (after_first[:, 0] >= -1.7).all() and (reward.abs() < 2).all()
+    assert (after_first[:, 0] >= -1.7).all() and (reward.abs() < 5).all()
 
 
 @pytest.mark.parametrize("threshold, avoids", [(1e-6, True), (math.inf, False)])
@@ -385,8 +386,10 @@ def test_the_policy_learns_to_walk_around_a_hole_in_the_data(threshold, avoids):
         for _ in range(20):
             obs = obs + 0.25 * agent.actor.act(obs)
             nearest = nearest.minimum(obs.norm(dim=-1))
-    assert (obs[:, 0] > 0.6).double().mean() > 0.9  # it gets to the other side
-    assert (nearest > 0.6).double().mean() > 0.9 if avoids else (nearest < 0.6).double().mean() > 0.9
+    if avoids:
+        assert (nearest > 0.6).double().mean() > 0.9 and (obs[:, 0] > 0.6).double().mean() > 0.9  # on the other side
+    else:
+        assert (nearest < 0.6).double().mean() > 0.9
 
 
 # --- A run ---
