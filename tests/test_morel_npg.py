@@ -301,7 +301,7 @@ def test_cloning_moves_the_mean_to_the_datas_actions_and_leaves_the_deviation():
 
 # --- Rollouts ---
 class HoleDynamics:
-    """The action moves a point and pays its way to the right; around the origin the members disagree and promise much."""
+    """The action moves a point and pays its way to the right; near the origin the members disagree and promise much."""
 
     elites = torch.tensor([0, 1])
 
