@@ -80,7 +80,7 @@ class Args:
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
-    real_ratio: float = 0.5  # f, share of real rows in a batch [OfflineRL-Kit]
+    real_ratio: float = 0.5  # share of real rows in a batch [OfflineRL-Kit]
     rollout_interval: int = 1_000  # updates between rollouts [MOPO]
     rollout_batch_size: int = 50_000  # start states of a rollout, drawn from the data [MOPO]
     rollout_length: int = 5  # h, model steps from each start state [1 or 5, by dataset: TUNED]
@@ -107,7 +107,7 @@ class Args:
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of OfflineRL-Kit
     "pendulum/random-v0": dict(
         num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, dynamics_max_epochs=30,
-        rollout_batch_size=5_000, conservative_coef=0.1, actor_lr=3e-4, alpha_lr=3e-4, hidden_layers=2, num_samples=4,
+        rollout_batch_size=5_000, conservative_coef=0.1, actor_lr=3e-4, alpha_lr=3e-4, hidden_layers=2, num_samples=2,
     ),
 } | {
     dataset: dict(rollout_length=length, conservative_coef=coef)
