@@ -216,7 +216,7 @@ def assert_updates_equal_plain_ones(algo, args, first: int, num_real: int) -> No
     pairs = [(plain_mlp([x[j].T for x in net.parameters()]), theirs[j]) for net, theirs in nets for j in (0, 1)]
     for ours, theirs in [*pairs, (agent.actor, plain.actor)]:
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # of moves of 6e-3; Adam enlarges rounding errors
     assert agent.log_kappa.item() == pytest.approx(plain.log_kappa.item(), rel=1e-6)
     assert (agent.log_kappa.item() != 0) == (args.lagrange_threshold is not None)
 
