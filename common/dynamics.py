@@ -109,7 +109,9 @@ class Dynamics(nn.Module):
         num_elites, batch = len(self.elites), len(obs)
         x = torch.cat([obs, action], dim=-1)[order]
         x = F.pad(x, (0, 0, 0, -batch % num_elites))
-        x = x.view(-1, num_elites, x.shape[-1]).transpose(0, 1)  # (num_elites, share, in_dim), dealt out like cards
+        x = x.unflatten(0, (len(x) // num_elites, num_elites)).transpose(
+            0, 1
+        )  # (num_elites, share, in_dim), like cards
         mean, logvar = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
         sample = torch.empty_like(noise)
         sample[order] = mean + (0.5 * logvar).exp() * noise[order]
@@ -243,6 +245,8 @@ def load_or_fit(
     """
     device, obs_dim, action_dim = data.obs.device, data.obs.shape[1], data.action.shape[1]
     settings = {"num_members": num_members, "num_elites": num_elites, "max_epochs": max_epochs}
+    if num_elites > num_members:
+        raise InputError(f"--num-elites {num_elites} is more than --num-members {num_members}")
     key = json.dumps([FILE_VERSION, data.data_hash, settings, seed])
     file = Path(path) if path else cache_dir() / "dynamics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path and not file.is_file():

@@ -1,7 +1,9 @@
 """A run from the command line: what it leaves, how it goes on after a kill, and what it says to bad input."""
 
 import csv
+import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,10 +23,19 @@ import algos.mopo as mopo
 from common.dataset import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--no-compile --num-threads 1 --num-updates 40 --eval-interval 20 --eval-episodes 2 --checkpoint-interval 10 "
-    "--rollout-batch-size 100 --rollout-interval 15 --batch-size 32 --dynamics-max-epochs 1"
-).split()
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TINY = {
+    "num-threads": 1, "num-updates": 40, "eval-interval": 20, "eval-episodes": 2, "checkpoint-interval": 10,
+    "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
+}  # fmt: skip
+every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
+
+
+def tiny(script: str) -> list[str]:
+    """The flags of a tiny run, without those that a script lacks."""
+    known = importlib.import_module(f"algos.{script}").Args.__dataclass_fields__
+    pairs = [(f"--{flag}", str(value)) for flag, value in TINY.items() if flag.replace("-", "_") in known]
+    return ["--no-compile", *(word for pair in pairs for word in pair)]
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +46,28 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def run(home, tmp_path, monkeypatch):
-    """Calls the script in this process, with a tiny run's flags and then the given ones; returns the run's folder."""
+    """Calls a script in this process, with a tiny run's flags and then the given ones; returns the run's folder."""
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(home / "cache"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
     (home / "minari").mkdir(exist_ok=True)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
-    def call(*flags: str, tiny: bool = True) -> Path:
-        names = [] if "--resume" in flags or "--run-name" in flags else ["--run-name", "run"]
-        argv = [*(TINY if tiny else []), "--run-dir", str(tmp_path), *names, *flags]
-        monkeypatch.setattr(sys, "argv", ["mopo.py", *argv])
-        mopo.main(*mopo.read_args())
+    def call(*flags: str, script: str = "mopo") -> Path:
+        resumes = "--resume" in flags
+        names = [] if resumes or "--run-name" in flags else ["--run-name", "run"]
+        argv = [*([] if resumes else tiny(script)), "--run-dir", str(tmp_path), *names, *flags]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        module = importlib.import_module(f"algos.{script}")
+        module.main(*module.read_args())
         return tmp_path / "run"
 
     return call
 
 
-def command(home: Path, *flags: str, **kwargs) -> subprocess.Popen:
+def command(home: Path, *flags: str, script: str = "mopo", **kwargs) -> subprocess.Popen:
     env = os.environ | {"OFFLINE_MBRL_CACHE": str(home / "cache"), "MINARI_DATASETS_PATH": str(home / "minari")}
     (home / "minari").mkdir(exist_ok=True)
-    argv = [sys.executable, str(ROOT / "algos" / "mopo.py"), *TINY, *flags]
+    argv = [sys.executable, str(ROOT / "algos" / f"{script}.py"), *tiny(script), *flags]
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
@@ -69,7 +82,8 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
     assert a["progress"]["update"] == b["progress"]["update"]
     for name in ("agent", "buffer", "rng"):
-        first, second = (tensors((state | state["progress"])[name]) for state in (a, b))
+        first, second = (tensors((state | state["progress"]).get(name, {})) for state in (a, b))
+        assert first or name == "buffer"
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
@@ -80,24 +94,31 @@ def progress(folder: Path) -> list[dict]:
 
 
 # --- What a run leaves ---
-def test_a_run_leaves_config_curves_checkpoint_and_policy(run, capsys):
-    folder = run()
+@every_script
+def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
+    folder = run(script=script)
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("curves") and "tensorboard --logdir" in out
     config = json.loads((folder / "config.json").read_text())
-    assert config["args"]["num_updates"] == 40 and config["algo"] == "mopo" and config["versions"]["torch"]
+    assert config["args"]["num_updates"] == 40 and config["algo"] == script and config["versions"]["torch"]
     rows = progress(folder)
     assert [int(row["update"]) for row in rows] == [20, 40]
     assert all(-2000 < float(row["return_mean"]) < 0 for row in rows)
     assert float(rows[0]["normalised_score"]) == pytest.approx((float(rows[0]["return_mean"]) + 1230) / 1080 * 100)
     events = EventAccumulator(str(folder)).Reload()
-    wanted = {"critic_loss", "actor_loss", "q", "alpha", "penalty_mean", "penalty_max", "model_buffer_size"}
-    assert wanted | {"return_mean", "normalised_score", "updates_per_second"} <= set(events.Tags()["scalars"])
+    own = {
+        "mopo": {"critic_loss", "actor_loss", "q", "alpha", "penalty_mean", "penalty_max", "model_buffer_size"},
+        "combo": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap", "model_buffer_size"},
+        "cql": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
+    }
+    own = own.get(script, set()) | {"return_mean", "normalised_score", "updates_per_second"}
+    assert own <= set(rows[0]) == set(events.Tags()["scalars"])
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert [e.step for e in events.Scalars("return_mean")] == [20, 40]
     policy = torch.load(folder / "policy.pt", weights_only=True)
-    actor = mopo.Actor(3, 1)
-    actor.load_state_dict(policy["actor"])
-    assert policy["action_high"].item() == 2.0 and json.loads(policy["config"])["algo"] == "mopo"
+    module = importlib.import_module(f"algos.{script}")
+    module.Agent(3, 1, module.Args(**config["args"])).actor.load_state_dict(policy["actor"])
+    assert policy["action_high"].item() == 2.0 and json.loads(policy["config"])["algo"] == script
 
 
 def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(run, capsys):
@@ -150,30 +171,32 @@ def test_a_video_that_cannot_be_made_loses_nothing(run, monkeypatch, capsys):
     assert (folder / "policy.pt").exists() and not (folder / "video.gif").exists()
 
 
-def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(run, tmp_path, capsys):
+@every_script
+def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(script, run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     obs, action = rng.normal(size=(300, 2)), rng.uniform(-1, 1, (300, 1))
     arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(300, bool), timeouts=np.arange(300) % 50 == 49)
-    folder = run("--dataset", str(tmp_path / "own.npz"))
+    folder = run("--dataset", str(tmp_path / "own.npz"), script=script)
     out = capsys.readouterr().out
     assert (folder / "policy.pt").exists() and "evaluation  none" in out and "score" not in out
     assert {row["return_mean"] for row in progress(folder)} == {"nan"}
 
 
 # --- Going on ---
-def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(run, home, tmp_path):
-    run("--run-name", "whole", "--num-updates", "400", "--checkpoint-interval", "50")
-    flags = ("--run-name", "killed", "--num-updates", "400", "--checkpoint-interval", "50", "--run-dir", str(tmp_path))
-    process = command(home, *flags)
+@every_script
+def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(script, run, home, tmp_path):
+    flags = ("--num-updates", "400" if script == "mopo" else "200", "--checkpoint-interval", "20")
+    run("--run-name", "whole", *flags, script=script)
+    process = command(home, "--run-name", "killed", *flags, "--run-dir", str(tmp_path), script=script)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert torch.load(checkpoint, weights_only=True)["progress"]["update"] < 400
-    run("--resume", str(tmp_path / "killed"), tiny=False)
+    assert torch.load(checkpoint, weights_only=True)["progress"]["update"] < int(flags[1])
+    run("--resume", str(tmp_path / "killed"), script=script)
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
     drop = ("seconds", "updates_per_second")
     whole, killed = (
@@ -198,7 +221,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_prints_the_resume_command(home, tmp_path
 
 def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
     folder = run("--penalty-coef", "0.125", "--gamma", "0.9")
-    run("--resume", str(folder), "--num-updates", "60", tiny=False)
+    run("--resume", str(folder), "--num-updates", "60")
     config = json.loads((folder / "config.json").read_text())["args"]
     assert (config["penalty_coef"], config["gamma"], config["num_updates"]) == (0.125, 0.9, 60)
     assert [int(row["update"]) for row in progress(folder)] == [20, 40, 60]
@@ -261,13 +284,13 @@ def test_a_checkpoint_of_another_script_dataset_or_shape_is_refused(run, tmp_pat
     ):
         torch.save(state | change, folder / "checkpoint.pt")
         with pytest.raises(InputError, match=words):
-            run("--resume", str(folder), tiny=False)
+            run("--resume", str(folder))
     (folder / "checkpoint.pt").write_bytes(b"half a file")
     with pytest.raises(InputError, match="cannot be resumed"):
-        run("--resume", str(folder), tiny=False)
+        run("--resume", str(folder))
     (folder / "config.json").write_text(config.replace('"mopo"', '"combo"', 1))
     with pytest.raises(InputError, match="run of combo.py"):
-        run("--resume", str(folder), tiny=False)
+        run("--resume", str(folder))
 
 
 def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_path):

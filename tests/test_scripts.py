@@ -1,0 +1,146 @@
+"""All scripts side by side: what has one name is one text, settings in common are the same, `--help` works.
+
+Scripts are found by themselves. A name that a method must change goes on a list here, with the reason.
+"""
+
+import ast
+import importlib
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+TEXTS = {script: (ROOT / "algos" / f"{script}.py").read_text() for script in SCRIPTS}
+PAIRS = list(combinations(SCRIPTS, 2))
+
+# functions, classes and constants whose text may depend on the method
+MAY_DIFFER = {
+    "Args": "settings of its own; those in common are compared one by one",
+    "TUNED": "settings by dataset",
+    "Agent": "networks of its own",
+    "critic_loss": "where a method enters",
+    "update": "stages and noise of its own",
+    "rollout": "where a method enters",
+    "sample_batch": "with a model buffer or without",
+    "main": "with a model or without",
+}
+MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers"}
+BANNERS = [
+    "Run", "Dynamics", "Model rollouts", "SAC", "The method", "Networks", "The method", "Losses", "Update",
+    "Model rollouts", "Batches", "Evaluation", "Settings, the run's folder, checkpoints",
+]  # fmt: skip
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Name -> source of the functions, classes and assignments of a module."""
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            start = min(item.lineno for item in [*node.decorator_list, node])
+            found[node.name] = "\n".join(text.splitlines()[start - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+    return found
+
+
+def settings(text: str) -> dict[str, dict[str, str]]:
+    """Name -> section, type, default and comment of the fields of Args; a source in brackets is left out."""
+    found, section = {}, ""
+    for line in definitions(text)["Args"].splitlines():
+        if banner := re.fullmatch(r"    # --- (.+) ---", line):
+            section = banner[1]
+        elif field := re.fullmatch(r"    (\w+): (.+?) = (.+?)  # (.+)", line):
+            comment = re.sub(r" *\[.*?\]", "", field[4])
+            found[field[1]] = {"section": section, "type": field[2], "default": field[3], "comment": comment}
+    return found
+
+
+def is_subsequence(names: list[str], of: list[str]) -> bool:
+    rest = iter(of)
+    return all(name in rest for name in names)
+
+
+def test_scripts_are_found():
+    assert {"mopo", "combo", "cql"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_what_has_the_same_name_has_the_same_text(one, other):
+    first, second = definitions(TEXTS[one]), definitions(TEXTS[other])
+    common = first.keys() & second.keys()
+    assert len(common) > 20
+    assert [name for name in first if name in common and first[name] != second[name] and name not in MAY_DIFFER] == []
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_definitions_in_common_stand_in_the_same_order(one, other):
+    first, second = definitions(TEXTS[one]), definitions(TEXTS[other])
+    assert [name for name in first if name in second] == [name for name in second if name in first]
+
+
+def test_no_name_is_on_the_list_for_nothing():
+    every = [definitions(text) for text in TEXTS.values()]
+    assert [name for name in MAY_DIFFER if len({d[name] for d in every if name in d}) < 2] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_is_one_line_with_a_comment(script):
+    module = importlib.import_module(f"algos.{script}")
+    assert list(settings(TEXTS[script])) == list(module.Args.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("one, other", PAIRS)
+def test_settings_in_common_are_the_same_in_the_same_order(one, other):
+    first, second = settings(TEXTS[one]), settings(TEXTS[other])
+    common = [name for name in first if name in second]
+    assert common == [name for name in second if name in first]
+    for name in common:
+        a, b = first[name], second[name]
+        ignored = {"default"} if name in MAY_HAVE_OTHER_DEFAULTS else set()
+        ignored |= {"comment"} if a["section"] == "The method" else set()  # in the words of its paper
+        assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}, (
+            name
+        )
+    run = [[name for name, field in found.items() if field["section"] == "Run"] for found in (first, second)]
+    assert run[0] == run[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_setting_is_read(script):
+    body = TEXTS[script].split("\nTUNED = ")[1]
+    assert [name for name in settings(TEXTS[script]) if f"args.{name}" not in body] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sections_stand_in_the_same_order(script):
+    banners = re.findall(r"^ *# --- ([^:\n]+?)(?:: .*)? ---$", TEXTS[script], flags=re.MULTILINE)
+    assert is_subsequence(banners, BANNERS), banners
+    assert {"Run", "Networks", "Losses", "Update", "Evaluation"} <= set(banners)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_header_names_paper_and_command_and_its_departures_are_marked_below(script):
+    header, body = TEXTS[script].split('"""', 2)[1:]
+    assert re.search(r"arXiv:\d{4}\.\d{5}\)\n", header.splitlines(keepends=True)[0])
+    assert f"Run: python algos/{script}.py" in header
+    for name in re.findall(r"(\w+)\(\)$", header, flags=re.MULTILINE):
+        assert f"def {name}(" in body
+    departures = set(re.findall(r"\[(\d)\]", header))
+    marks = set(re.findall(r"(?:#.*[\[ ]|#.*\[.*, )(\d)\]", body))
+    assert departures <= marks, f"not marked at any line: {departures - marks}"
+    assert marks <= departures, f"not in the header: {marks - departures}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag(script, monkeypatch, capsys):
+    module = importlib.import_module(f"algos.{script}")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.read_args()
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert [name for name in settings(TEXTS[script]) if f"--{name.replace('_', '-')}" not in out] == []
