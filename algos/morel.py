@@ -61,7 +61,7 @@ class Args:
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
     successors: Literal["true", "classic"] = "true"  # classic: d4rl.qlearning_dataset's, wrong where episodes end
     seed: int = 0  # of every random number
-    num_updates: int = 1_000_000  # gradient steps [MOPO code: 1M, OfflineRL-Kit: 3M]
+    num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     eval_interval: int = 5_000  # updates between evaluations
     eval_episodes: int = 10  # episodes in an evaluation, deterministic actions
@@ -306,7 +306,7 @@ def update(agent: Agent, rows: Tensor, noise: Tensor, args: Args) -> dict[str, T
     return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha, **info_q, **info_pi}
 
 
-# --- Model rollouts: Algorithm 2 ---
+# --- Model rollouts ---
 def flat_rows(data: OfflineDataset) -> Tensor:
     """One row per transition (num_rows, 2 obs_dim + action_dim + 2): a batch is then a single index_select."""
     return torch.cat([data.obs, data.action, data.reward[:, None], data.next_obs, data.terminal[:, None]], dim=-1)
@@ -455,8 +455,6 @@ def read_args() -> tuple[Args, list[str]]:
             raise InputError(f"{flag} must be 0 or more, not {value}")
         if value != field.default:
             notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
-    if args.num_elites > args.num_members:
-        raise InputError(f"--num-elites {args.num_elites} is more than --num-members {args.num_members}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
     return args, notes

@@ -245,11 +245,11 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
     return mdp
 
 
-# --- Natural policy gradient ---
+# --- Losses: natural policy gradient ---
 #     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """All (steps, num), with zeros after the end of an episode: nothing is bootstrapped there [2]."""
-    next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])
+    """All (steps, num), with zeros after the end of an episode."""
+    next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])  # nothing is bootstrapped there [2]
     advantage = reward + gamma * next_value - value
     for t in reversed(range(len(reward) - 1)):
         advantage[t] += gamma * gae_lambda * advantage[t + 1]
@@ -459,8 +459,6 @@ def read_args() -> tuple[Args, list[str]]:
             raise InputError(f"{flag} must be 0 or more, not {value}")
         if value != field.default:
             notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
-    if args.num_elites > args.num_members:
-        raise InputError(f"--num-elites {args.num_elites} is more than --num-members {args.num_members}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
     return args, notes
