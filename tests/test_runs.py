@@ -27,6 +27,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 TINY = {
     "num-threads": 1, "num-updates": 40, "eval-interval": 20, "eval-episodes": 2, "checkpoint-interval": 10,
     "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
+    "num-trajectories": 4, "horizon": 10, "pessimistic-episodes": 4, "cg-iterations": 3, "clone-epochs": 1,
 }  # fmt: skip
 every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
 
@@ -109,6 +110,8 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
     own = {
         "mopo": {"critic_loss", "actor_loss", "q", "alpha", "penalty_mean", "penalty_max", "model_buffer_size"},
         "combo": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap", "model_buffer_size"},
+        "morel": {"critic_loss", "q", "alpha", "halt_rate", "rollout_mean", "pessimistic_return", "model_buffer_size"},
+        "morel_npg": {"halt_rate", "rollout_mean", "pessimistic_return", "explained_variance", "kl"},
         "cql": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
     }
     own = own.get(script, set()) | {"return_mean", "normalised_score", "updates_per_second"}
