@@ -145,6 +145,23 @@ def test_evaluating_more_often_changes_nothing_else(run, tmp_path):
     assert progress(tmp_path / "often")[-1]["return_mean"] == progress(tmp_path / "rarely")[-1]["return_mean"]
 
 
+@pytest.mark.parametrize("script", ["combo", "cql"])
+def test_the_noise_of_sampled_actions_is_uniform_for_the_first_kind_and_normal_for_the_others(script, run, monkeypatch):
+    module, seen = importlib.import_module(f"algos.{script}"), []
+    update = module.update
+
+    def spy(agent, rows, noise, proposal_noise, args):
+        seen.append(proposal_noise.clone())
+        return update(agent, rows, noise, proposal_noise, args)
+
+    monkeypatch.setattr(module, "update", spy)
+    run("--num-samples", "10", script=script)
+    uniform, normal, next_normal = torch.stack(seen, dim=1).flatten(1)  # 12,800 numbers each
+    assert -1 <= uniform.min() < -0.99 and 0.99 < uniform.max() <= 1 and abs(uniform.var() - 1 / 3) < 0.02
+    assert abs(normal.var() - 1) < 0.1 and abs(next_normal.var() - 1) < 0.1
+    assert not torch.equal(normal, next_normal)
+
+
 def test_another_seed_gives_another_policy(run, tmp_path):
     run("--run-name", "a")
     run("--run-name", "b", "--seed", "1", "--dynamics", str(next(Path(os.environ["OFFLINE_MBRL_CACHE"]).rglob("*.pt"))))
