@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--no-compile", "--num-threads", "1", "--num-updates", "1200", "--eval-interval", "600"]
 
 
 def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arrays(tmp_path):
@@ -18,9 +19,8 @@ def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arra
     commands = [shlex.split(line) for line in re.findall(r"^    python (.*)$", section, re.MULTILINE)]
     assert [command[0] for command in commands] == ["record.py", "algos/mopo.py"]
     for script, *flags in commands:
-        quick = ["--no-compile", "--num-updates", "1200", "--eval-interval", "600"] if script != "record.py" else []
         path = tmp_path / script if script == "record.py" else ROOT / script
-        command = [sys.executable, str(path), *flags, *quick]
+        command = [sys.executable, str(path), *flags, *(QUICK if script != "record.py" else [])]
         output = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert output.returncode == 0, output.stderr
     assert "auto chose learned: Walk-v0 is not in the table" in output.stdout
