@@ -109,8 +109,7 @@ class Dynamics(nn.Module):
         num_elites, batch = len(self.elites), len(obs)
         x = torch.cat([obs, action], dim=-1)[order]
         x = F.pad(x, (0, 0, 0, -batch % num_elites))
-        # (num_elites, share, in_dim), dealt out like cards
-        x = x.unflatten(0, (len(x) // num_elites, num_elites)).transpose(0, 1)
+        x = x.view(-1, num_elites, x.shape[-1]).transpose(0, 1)  # (num_elites, share, in_dim), dealt out like cards
         mean, logvar = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
         sample = torch.empty_like(noise)
         sample[order] = mean + (0.5 * logvar).exp() * noise[order]

@@ -1,0 +1,223 @@
+"""A grid of runs: what it refuses, what a kill costs, and that no run depends on how it was started."""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.run as run
+from common.dataset import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+script = "mopo"
+compile = false
+num-updates = 60
+eval-interval = 20
+eval-episodes = 2
+checkpoint-interval = 20
+rollout-batch-size = 100
+rollout-interval = 15
+batch-size = 32
+dynamics-max-epochs = 1
+"""
+
+
+@pytest.fixture
+def home(tmp_path, tmp_path_factory, monkeypatch):
+    """The working directory of the commands; datasets are recorded once for all tests, ensembles are not shared."""
+    datasets = tmp_path_factory.getbasetemp() / "datasets"
+    datasets.mkdir(exist_ok=True)
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_grid(home: Path, *blocks: str, tiny: str = TINY) -> str:
+    file = home / "grid.toml"
+    file.write_text('name = "g"\n' + "".join(f"[[grid]]\n{tiny}{block}\n" for block in blocks))
+    return str(file)
+
+
+def progress(folder: Path) -> list[dict]:
+    """Without the columns that depend on the clock."""
+    with open(folder / "progress.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "updates_per_second")} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert progress(one) == progress(other) and len(progress(one)) > 1
+    a, b = (torch.load(folder / "policy.pt", weights_only=True)["actor"] for folder in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- What is run ---
+def test_every_cell_is_one_run_with_a_name_of_its_own(home):
+    blocks = (
+        'seed = [0, 1]\npenalty-coef = [0, 0.5]\ndataset = ["pendulum/random-v0", "a.npz"]',
+        "seed = 7\ngamma = 0.9",
+    )
+    args = run.Args(grid=write_grid(home, *blocks))
+    runs = run.make_runs(*run.read_grid(args), args)
+    assert len(runs) == 9
+    names = [one.folder.name for one in runs]
+    assert {"pendulum-random-v0__mopo__penalty-coef=0.5__1", "a.npz__mopo__penalty-coef=0__0"} <= set(names)
+    assert str(runs[-1].folder) == "runs/g/pendulum-random-v0__mopo__7"
+    assert runs[-1].settings["gamma"] == 0.9 and runs[-1].settings["num_updates"] == 60
+
+
+def test_flags_make_the_same_grid_as_a_file(home):
+    text = 'name = "g"\n[[grid]]\nscript = "mopo"\nseed = [0, 1]\npenalty-coef = [0, 1]\nnum-updates = 9\n'
+    (home / "f.toml").write_text(text)
+    settings = ("penalty-coef=0,1", "num-updates=9")
+    by_flags = run.Args(script="mopo", seeds=(0, 1), set=settings, name="g")
+    by_file = run.Args(grid="f.toml")
+    one, other = (run.make_runs(*run.read_grid(args), args) for args in (by_flags, by_file))
+    key = lambda made: (str(made.folder), made.settings)  # noqa: E731
+    assert sorted(map(key, one), key=str) == sorted(map(key, other), key=str) and len(one) == 4
+
+
+def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, capsys):
+    grid = write_grid(home, "penalty-coef = [0]")
+    assert run.main(run.Args(grid=grid, dry_run=True)) == 0
+    command = capsys.readouterr().out.strip()
+    assert not Path("runs").exists()
+    words = shlex.split(command)
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    assert run.main(run.Args(grid=grid, dry_run=True)) == 0
+    assert capsys.readouterr().out.startswith("# finished: ")
+    assert run.main(run.Args(grid=grid, run_dir="others", workers=1)) == 0
+    name = "pendulum-random-v0__mopo__penalty-coef=0__0"
+    assert_same_run(Path("runs/g") / name, Path("others/g") / name)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[[grid]]\nseed = 1", "needs a script"),
+        ('[[grid]]\nscript = "no"', "there is no script algos/no.py"),
+        ('[[grid]]\nscript = "mopo"\nno-such = 1', "no-such"),
+        ('[[grid]]\nscript = "mopo"\nseed = "one"', "seed"),
+        ('[[grid]]\nscript = "mopo"\nseed = []', "every list a value"),
+        ('[[grid]]\nscript = "mopo"\ngamma = {a = 1}', "gamma cannot be"),
+        ('[[grid]]\nscript = "mopo"\nreal-ratio = 2.0', "between 0 and 1"),
+        ('[[grid]]\nscript = "mopo"\nnum-threads = 2', "num-threads cannot be set in a grid"),
+        ('[[grid]]\nscript = "mopo"\n[[grid]]\nscript = "mopo"\ngamma = 0.9', "must differ in a list"),
+        ('name = "../up"\n[[grid]]\nscript = "mopo"', "cannot be a folder's name"),
+        ('seed = 1\n[[grid]]\nscript = "mopo"', "seed stands outside"),
+        ("script = ", "is no TOML"),
+        ("", "has no [[grid]] block"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_cannot_be_run_is_refused_with_one_sentence(home, text, words):
+    (home / "bad.toml").write_text(text)
+    with pytest.raises(InputError) as error:
+        run.main(run.Args(grid="bad.toml", workers=1))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not Path("runs").exists()
+
+
+def test_more_workers_than_memory_are_refused(home):
+    with pytest.raises(InputError, match="the largest number that fits is"):
+        run.main(run.Args(grid=write_grid(home, ""), workers=100_000))
+
+
+# --- What happens to runs ---
+def test_a_failing_run_stops_nothing_and_is_listed_with_its_last_words(home, capsys):
+    grid = write_grid(home, 'dataset = ["missing.npz", "pendulum/random-v0"]')
+    assert run.main(run.Args(grid=grid, workers=1)) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 runs finished, 1 failed" in out
+    assert re.search(r"failed +missing\.npz__mopo__0, exit status 1\n(    .*\n)*    error: .*missing\.npz", out)
+    done = Path("runs/g/pendulum-random-v0__mopo__0/policy.pt")
+    before = done.stat().st_mtime_ns
+    assert run.main(run.Args(grid=grid, workers=1)) == 1  # the finished one is skipped
+    assert done.stat().st_mtime_ns == before
+    assert "1 finished" in capsys.readouterr().out
+
+
+def test_a_folder_with_other_settings_is_refused_and_kept(home):
+    grid = write_grid(home, "gamma = 0.9")
+    assert run.main(run.Args(grid=grid, workers=1)) == 0
+    grid = write_grid(home, "gamma = 0.8")
+    with pytest.raises(InputError, match=r"holds a run with gamma 0.9, the grid asks for 0.8"):
+        run.main(run.Args(grid=grid, workers=1))
+    assert Path("runs/g/pendulum-random-v0__mopo__0/policy.pt").is_file()
+
+
+def test_two_workers_that_want_the_same_ensemble_fit_it_once(home):
+    assert run.main(run.Args(grid=write_grid(home, "penalty-coef = [0, 1, 2]"), workers=2)) == 0
+    logs = [file.read_text() for file in Path("runs/g").glob("*/log.txt")]
+    assert len(logs) == 3 and sum("fitted in" in log for log in logs) == 1
+    assert len(list((home / "cache" / "dynamics").glob("*.pt"))) == 1
+
+
+def kill_all(runner: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL for the runner and for every process with its folder in the command line, as when a machine goes down."""
+    runner.kill()
+    runner.wait()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+        except OSError:  # it has just ended
+            pass
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found by /proc")
+@pytest.mark.parametrize("everything", [True, False], ids=["runs are killed too", "only the runner is killed"])
+def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
+    grid = write_grid(home, "seed = [0, 1]", tiny=TINY.replace("num-updates = 60", "num-updates = 400"))
+    folder = home / "killed" / "g"
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), grid, "--run-dir", str(home / "killed")]
+    runner = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if everything:
+        kill_all(runner, folder)
+    else:
+        runner.kill()
+        runner.wait()
+    assert run.main(run.Args(grid=grid, run_dir=str(home / "killed"), workers=2)) == 0
+    assert run.main(run.Args(grid=grid, run_dir=str(home / "whole"), workers=2)) == 0
+    for seed in (0, 1):
+        name = f"pendulum-random-v0__mopo__{seed}"
+        assert_same_run(folder / name, home / "whole" / "g" / name)
+
+
+# --- Ray ---
+def test_a_node_that_dies_in_the_middle_of_the_grid_costs_nothing_but_time(home, monkeypatch):
+    pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt")
+    from ray.cluster_utils import Cluster
+
+    grid = write_grid(home, "seed = [0, 1, 2]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "memory": 4 * 10**9})
+    try:
+        node = cluster.add_node(num_cpus=1, memory=4 * 10**9)
+        cluster.wait_for_nodes()
+        args = [sys.executable, str(ROOT / "benchmarks" / "run.py"), grid, "--ray", cluster.address]
+        runner = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        time.sleep(20)  # both nodes are at work by then
+        assert runner.poll() is None
+        cluster.remove_node(node, allow_graceful=False)
+        output, _ = runner.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert runner.returncode == 0, output
+    assert "3 of 3 runs finished, 0 failed" in output
+    assert run.main(run.Args(grid=grid, run_dir="here", workers=1)) == 0
+    for seed in (0, 1, 2):
+        name = f"pendulum-random-v0__mopo__{seed}"
+        assert_same_run(Path("runs/g") / name, Path("here/g") / name)
