@@ -113,6 +113,8 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "morel": {"critic_loss", "q", "alpha", "halt_rate", "rollout_mean", "pessimistic_return", "model_buffer_size"},
         "morel_npg": {"halt_rate", "rollout_mean", "pessimistic_return", "explained_variance", "kl"},
         "cql": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
+        "td3_bc": {"critic_loss", "actor_loss", "q", "bc_loss"},
+        "bc": {"actor_loss"},
     }
     own = own.get(script, set()) | {"return_mean", "normalised_score", "updates_per_second"}
     assert own <= set(rows[0]) == set(events.Tags()["scalars"])

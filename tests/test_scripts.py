@@ -23,26 +23,32 @@ MAY_DIFFER = {
     "TUNED": "settings by dataset",
     "Agent": "networks of its own",
     "critic_loss": "where a method enters",
+    "actor_loss": "where a method enters",
     "update": "stages and noise of its own",
     "rollout": "where a method enters",
     "sample_batch": "with a model buffer or without",
     "main": "with a model or without",
 }
-# on-policy: an update is an iteration over whole episodes, and the policy is a Gaussian that is not squashed
-OTHER_PLANNER = {
-    "morel_npg": {
+# scripts of another kind, and what may differ between kinds
+KINDS = {"morel_npg": "on-policy", "td3_bc": "deterministic", "bc": "deterministic"}
+OTHER_KIND = {
+    # an update is an iteration over whole episodes, and the policy is a Gaussian that is not squashed
+    "on-policy": {
         "Actor", "num_updates", "batch_size", "eval_interval", "score_evals", "compile", "checkpoint_interval", "gamma",
     },
+    "deterministic": {"Actor"},
 }  # fmt: skip
-MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers"}
+MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr"}
+LEARNERS = ["SAC", "TD3", "Natural policy gradient"]  # settings of each stand under its name
 BANNERS = [
-    "Run", "Dynamics", "Model rollouts", "SAC", "Natural policy gradient", "The method", "Networks", "The method",
+    "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
     "Losses", "Update", "Model rollouts", "Batches", "Evaluation", "Settings, the run's folder, checkpoints",
 ]  # fmt: skip
 
 
 def excepted(one: str, other: str) -> set[str]:
-    return OTHER_PLANNER.get(one, set()) | OTHER_PLANNER.get(other, set())
+    kinds = KINDS.get(one), KINDS.get(other)
+    return set() if kinds[0] == kinds[1] else OTHER_KIND.get(kinds[0], set()) | OTHER_KIND.get(kinds[1], set())
 
 
 def definitions(text: str) -> dict[str, str]:
@@ -62,7 +68,7 @@ def settings(text: str) -> dict[str, dict[str, str]]:
     found, section = {}, ""
     for line in definitions(text)["Args"].splitlines():
         if banner := re.fullmatch(r"    # --- (.+) ---", line):
-            section = banner[1]
+            section = "the learner" if banner[1] in LEARNERS else banner[1]
         elif field := re.fullmatch(r"    (\w+): (.+?) = (.+?)  # (.+)", line):
             comment = re.sub(r" *\[.*?\]", "", field[4])
             found[field[1]] = {"section": section, "type": field[2], "default": field[3], "comment": comment}
@@ -75,7 +81,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 
 def test_scripts_are_found():
-    assert {"mopo", "morel", "morel_npg", "combo", "cql"} <= set(SCRIPTS)
+    assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
@@ -112,7 +118,8 @@ def test_settings_in_common_are_the_same_in_the_same_order(one, other):
     for name in [name for name in common if name not in excepted(one, other)]:
         a, b = first[name], second[name]
         ignored = {"default"} if name in MAY_HAVE_OTHER_DEFAULTS else set()
-        ignored |= {"comment"} if a["section"] == "The method" else set()  # in the words of its paper
+        if "The method" in (a["section"], b["section"]):
+            ignored |= {"comment", "section"}  # in the words of its paper
         assert [(name, key) for key in a if a[key] != b[key] and key not in ignored] == []
     run = [[name for name, field in found.items() if field["section"] == "Run"] for found in (first, second)]
     assert run[0] == run[1]
