@@ -1,5 +1,7 @@
 """Speed of training at HalfCheetah's sizes: ours compiled and eager, a plain modular version, and OfflineRL-Kit.
 
+MOPO's parts, then the updates of the other methods, each with its own script's default networks.
+
 Contestants take turns, repetition by repetition, in one process; a ratio is the median over repetitions of the ratio
 within one. Results go to benchmarks/results/speed-<threads>-threads.json.
 Run: python benchmarks/speed.py --num-threads 1 --peer path/to/OfflineRL-Kit
@@ -25,11 +27,11 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algos import mopo  # noqa: E402
+from algos import combo, cql, mopo, td3_bc  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
-NUM_UPDATES, NUM_MINIBATCHES = 200, 30  # of one repetition
+NUM_UPDATES, NUM_SLOW_UPDATES, NUM_MINIBATCHES = 200, 15, 30  # of one repetition; slow: COMBO's and CQL's
 CPU = torch.device("cpu")
 
 
@@ -84,6 +86,48 @@ def ours(args: Args, compile: bool) -> dict[str, Callable[[], int]]:
         return len(new)
 
     return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout}
+
+
+def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
+    """The update of every other script as its `main` calls it, and COMBO's rollout, where one member predicts a row."""
+    torch.manual_seed(0)
+    rows, dynamics = random_rows(), Dynamics(OBS_DIM, ACTION_DIM)
+    buffer = mopo.ModelBuffer(NUM_ROWS, rows.shape[1], CPU)
+    buffer.add(rows)
+    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in (combo, cql, td3_bc)}
+
+    def compiled_update(module: types.ModuleType, *flags: bool) -> Callable:
+        settings, agent = module.Args(), agents[module]
+        function = lambda *inputs: module.update(agent, *inputs, *flags, settings)  # noqa: E731
+        return module.compiled(function, settings, CPU)
+
+    conservative = {module: compiled_update(module) for module in (combo, cql)}
+    td3_bc_steps = [compiled_update(td3_bc, improve) for improve in (False, True)]
+
+    def conservative_updates(module: types.ModuleType) -> int:
+        for _ in range(NUM_SLOW_UPDATES):
+            noise, proposal_noise = torch.randn(2, BATCH_SIZE, ACTION_DIM), torch.randn(3, 10, BATCH_SIZE, ACTION_DIM)
+            proposal_noise[0].uniform_(-1, 1)
+            data = (rows, buffer) if module is combo else (rows,)
+            conservative[module](module.sample_batch(*data, module.Args()), noise, proposal_noise)
+        return NUM_SLOW_UPDATES
+
+    def td3_bc_updates() -> int:
+        for i in range(NUM_UPDATES):
+            td3_bc_steps[i % 2](td3_bc.sample_batch(rows, td3_bc.Args()), torch.randn(BATCH_SIZE, ACTION_DIM))
+        return NUM_UPDATES
+
+    def rollout() -> int:
+        starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
+        never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
+        return len(combo.rollout(dynamics, agents[combo].actor, never, starts, combo.Args()))
+
+    return {
+        "COMBO: update": partial(conservative_updates, combo),
+        "COMBO: rollout transition": rollout,
+        "CQL: update": partial(conservative_updates, cql),
+        "TD3+BC: update": td3_bc_updates,
+    }
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
@@ -152,28 +196,47 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
     sys.path.insert(0, str(args.peer))
     from offlinerlkit.buffer import ReplayBuffer
     from offlinerlkit.dynamics import EnsembleDynamics
-    from offlinerlkit.modules import ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
+    from offlinerlkit.modules import Actor, ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
     from offlinerlkit.nets import MLP
-    from offlinerlkit.policy import MOPOPolicy
+    from offlinerlkit.policy import COMBOPolicy, CQLPolicy, MOPOPolicy, TD3BCPolicy
+    from offlinerlkit.utils.noise import GaussianNoise
     from offlinerlkit.utils.scaler import StandardScaler
 
     torch.manual_seed(0)
     np.random.seed(0)
     rows = random_rows().numpy()
     obs, action, reward, next_obs, terminal = np.split(rows, np.cumsum([OBS_DIM, ACTION_DIM, 1, OBS_DIM]), axis=1)
-    gaussian = TanhDiagGaussian(256, ACTION_DIM, unbounded=True, conditioned_sigma=True)
-    actor = ActorProb(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), gaussian, "cpu")
-    critics = [Critic(MLP(input_dim=OBS_DIM + ACTION_DIM, hidden_dims=[256, 256]), "cpu") for _ in "12"]
-    log_alpha = torch.zeros(1, requires_grad=True)
     decay = [2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4]
     model = EnsembleDynamicsModel(OBS_DIM, ACTION_DIM, [200] * 4, 7, 5, weight_decays=decay, device="cpu")
     never = lambda obs, action, next_obs: np.zeros((len(obs), 1), dtype=bool)  # noqa: E731
     scaler = StandardScaler()
     scaler.fit(rows[:, : OBS_DIM + ACTION_DIM])
     dynamics = EnsembleDynamics(model, torch.optim.Adam(model.parameters(), lr=1e-3), scaler, never, penalty_coef=1.0)
-    optims = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip([actor, *critics], (1e-4, 3e-4, 3e-4))]
-    alpha = (-ACTION_DIM, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4))
-    policy = MOPOPolicy(dynamics, actor, *critics, *optims, alpha=alpha)
+
+    def networks(actor: nn.Module, sizes: list[int]) -> list:
+        """Policy, two critics and their optimizers."""
+        nets = [actor, *(Critic(MLP(input_dim=OBS_DIM + ACTION_DIM, hidden_dims=sizes), "cpu") for _ in "12")]
+        return nets + [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in zip(nets, (1e-4, 3e-4, 3e-4))]
+
+    def soft(sizes: list[int]) -> tuple[list, tuple]:
+        """The same with SAC's policy, and its temperature."""
+        gaussian = TanhDiagGaussian(256, ACTION_DIM, unbounded=True, conditioned_sigma=True)
+        log_alpha = torch.zeros(1, requires_grad=True)
+        actor = ActorProb(MLP(input_dim=OBS_DIM, hidden_dims=sizes), gaussian, "cpu")
+        return networks(actor, sizes), (-ACTION_DIM, log_alpha, torch.optim.Adam([log_alpha], lr=1e-4))
+
+    nets, alpha = soft([256, 256])
+    policy = MOPOPolicy(dynamics, *nets, alpha=alpha)
+    space = types.SimpleNamespace(low=-np.ones(ACTION_DIM, np.float32), high=np.ones(ACTION_DIM, np.float32))
+    options = {"action_space": space, "cql_weight": 5.0, "with_lagrange": False}
+    nets, alpha = soft([256] * 3)
+    combo_policy = COMBOPolicy(dynamics, *nets, alpha=alpha, **options)
+    nets, alpha = soft([256] * 3)
+    cql_policy = CQLPolicy(*nets, alpha=alpha, **options)
+    deterministic = Actor(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), ACTION_DIM, device="cpu")
+    td3_bc_policy = TD3BCPolicy(*networks(deterministic, [256, 256]), exploration_noise=GaussianNoise)
+    for other in (combo_policy, cql_policy, td3_bc_policy):
+        other.train()
     dtypes = {"obs_dtype": np.float32, "action_dtype": np.float32, "device": "cpu"}
     sizes = {"obs_shape": (OBS_DIM,), "action_dim": ACTION_DIM} | dtypes
     real, fake = ReplayBuffer(NUM_ROWS, **sizes), ReplayBuffer(args.num_starts * 25, **sizes)
@@ -198,7 +261,30 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
         fake.add_batch(**transitions)
         return info["num_transitions"]
 
-    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout}
+    def combo_updates() -> int:
+        half = BATCH_SIZE // 2
+        for _ in range(NUM_SLOW_UPDATES):
+            combo_policy.learn({"real": real.sample(half), "fake": fake.sample(half)})
+        return NUM_SLOW_UPDATES
+
+    def combo_rollout() -> int:
+        starts = real.sample(args.num_starts)["observations"].numpy()
+        return combo_policy.rollout(starts, combo.Args().rollout_length)[1]["num_transitions"]
+
+    def model_free_updates(policy, num: int) -> int:
+        for _ in range(num):
+            policy.learn(real.sample(BATCH_SIZE))
+        return num
+
+    return {
+        "update": updates,
+        "ensemble minibatch": minibatches,
+        "rollout transition": rollout,
+        "COMBO: update": combo_updates,
+        "COMBO: rollout transition": combo_rollout,
+        "CQL: update": partial(model_free_updates, cql_policy, NUM_SLOW_UPDATES),
+        "TD3+BC: update": partial(model_free_updates, td3_bc_policy, NUM_UPDATES),
+    }
 
 
 def epoch(parts: dict[str, Callable]) -> int:
@@ -218,14 +304,18 @@ def set_precision(name: str, args: Args) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
-    contestants = {"ours": ours(args, True), "ours, --no-compile": ours(args, False), "plain": plain(args)}
+    contestants = {
+        "ours": ours(args, True) | our_other_methods(args),
+        "ours, --no-compile": ours(args, False),
+        "plain": plain(args),
+    }
     if args.peer:
         contestants["OfflineRL-Kit"] = offlinerl_kit(args)
     for parts in contestants.values():
         if "rollout transition" in parts:
             parts["epoch"] = partial(epoch, dict(parts))
     seconds: dict[str, dict[str, list[float]]] = {}
-    for work in ("update", "ensemble minibatch", "rollout transition", "epoch"):
+    for work in contestants["ours"]:
         takers = {name: parts[work] for name, parts in contestants.items() if work in parts}
         if work == "rollout transition" or work == "epoch":
             takers.pop("ours, --no-compile")  # rollouts are never compiled
