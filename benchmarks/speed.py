@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algos import combo, cql, mopo, td3_bc  # noqa: E402
+from algos import combo, cql, iql, mopo, td3_bc  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
@@ -94,7 +94,7 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
     rows, dynamics = random_rows(), Dynamics(OBS_DIM, ACTION_DIM)
     buffer = mopo.ModelBuffer(NUM_ROWS, rows.shape[1], CPU)
     buffer.add(rows)
-    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in (combo, cql, td3_bc)}
+    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in (combo, cql, td3_bc, iql)}
 
     def compiled_update(module: types.ModuleType, *flags: bool) -> Callable:
         settings, agent = module.Args(), agents[module]
@@ -102,6 +102,7 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
         return module.compiled(function, settings, CPU)
 
     conservative = {module: compiled_update(module) for module in (combo, cql)}
+    iql_step = compiled_update(iql)
     td3_bc_steps = [compiled_update(td3_bc, improve) for improve in (False, True)]
 
     def conservative_updates(module: types.ModuleType) -> int:
@@ -117,6 +118,11 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
             td3_bc_steps[i % 2](td3_bc.sample_batch(rows, td3_bc.Args()), torch.randn(BATCH_SIZE, ACTION_DIM))
         return NUM_UPDATES
 
+    def iql_updates() -> int:
+        for _ in range(NUM_UPDATES):
+            iql_step(iql.sample_batch(rows, iql.Args()))
+        return NUM_UPDATES
+
     def rollout() -> int:
         starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
         never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
@@ -127,6 +133,7 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
         "COMBO: rollout transition": rollout,
         "CQL: update": partial(conservative_updates, cql),
         "TD3+BC: update": td3_bc_updates,
+        "IQL: update": iql_updates,
     }
 
 
@@ -196,9 +203,9 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
     sys.path.insert(0, str(args.peer))
     from offlinerlkit.buffer import ReplayBuffer
     from offlinerlkit.dynamics import EnsembleDynamics
-    from offlinerlkit.modules import Actor, ActorProb, Critic, EnsembleDynamicsModel, TanhDiagGaussian
+    from offlinerlkit.modules import Actor, ActorProb, Critic, DiagGaussian, EnsembleDynamicsModel, TanhDiagGaussian
     from offlinerlkit.nets import MLP
-    from offlinerlkit.policy import COMBOPolicy, CQLPolicy, MOPOPolicy, TD3BCPolicy
+    from offlinerlkit.policy import COMBOPolicy, CQLPolicy, IQLPolicy, MOPOPolicy, TD3BCPolicy
     from offlinerlkit.utils.noise import GaussianNoise
     from offlinerlkit.utils.scaler import StandardScaler
 
@@ -235,7 +242,12 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
     cql_policy = CQLPolicy(*nets, alpha=alpha, **options)
     deterministic = Actor(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), ACTION_DIM, device="cpu")
     td3_bc_policy = TD3BCPolicy(*networks(deterministic, [256, 256]), exploration_noise=GaussianNoise)
-    for other in (combo_policy, cql_policy, td3_bc_policy):
+    gaussian = DiagGaussian(256, ACTION_DIM, unbounded=False, conditioned_sigma=False)
+    actor, *critics = networks(ActorProb(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), gaussian, "cpu"), [256, 256])
+    value = Critic(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), "cpu")
+    optims = [*critics[2:], torch.optim.Adam(value.parameters(), lr=3e-4)]
+    iql_policy = IQLPolicy(actor, *critics[:2], value, *optims, action_space=space, expectile=0.7, temperature=3.0)
+    for other in (iql_policy, combo_policy, cql_policy, td3_bc_policy):
         other.train()
     dtypes = {"obs_dtype": np.float32, "action_dtype": np.float32, "device": "cpu"}
     sizes = {"obs_shape": (OBS_DIM,), "action_dim": ACTION_DIM} | dtypes
@@ -284,6 +296,7 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
         "COMBO: rollout transition": combo_rollout,
         "CQL: update": partial(model_free_updates, cql_policy, NUM_SLOW_UPDATES),
         "TD3+BC: update": partial(model_free_updates, td3_bc_policy, NUM_UPDATES),
+        "IQL: update": partial(model_free_updates, iql_policy, NUM_UPDATES),
     }
 
 

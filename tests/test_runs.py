@@ -115,6 +115,7 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "cql": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
         "td3_bc": {"critic_loss", "actor_loss", "q", "bc_loss"},
         "bc": {"actor_loss"},
+        "iql": {"critic_loss", "actor_loss", "value_loss", "q", "v", "log_prob", "weight"},
     }
     own = own.get(script, set()) | {"return_mean", "normalised_score", "updates_per_second"}
     assert own <= set(rows[0]) == set(events.Tags()["scalars"])

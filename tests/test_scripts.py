@@ -30,16 +30,18 @@ MAY_DIFFER = {
     "main": "with a model or without",
 }
 # scripts of another kind, and what may differ between kinds
-KINDS = {"morel_npg": "on-policy", "td3_bc": "deterministic", "bc": "deterministic"}
+KINDS = {"morel_npg": "on-policy", "td3_bc": "deterministic", "bc": "deterministic", "iql": "weighted"}
 OTHER_KIND = {
     # an update is an iteration over whole episodes, and the policy is a Gaussian that is not squashed
     "on-policy": {
-        "Actor", "num_updates", "batch_size", "eval_interval", "score_evals", "compile", "checkpoint_interval", "gamma",
+        "Actor", "Value", "value_lr",
+        "num_updates", "batch_size", "eval_interval", "score_evals", "compile", "checkpoint_interval", "gamma",
     },
     "deterministic": {"Actor"},
+    "weighted": {"Actor"},  # a Gaussian that imitates: of logged actions it must know the log-density
 }  # fmt: skip
 MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr"}
-LEARNERS = ["SAC", "TD3", "Natural policy gradient"]  # settings of each stand under its name
+LEARNERS = ["SAC", "TD3", "IQL", "Natural policy gradient"]  # settings of each stand under its name
 BANNERS = [
     "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
     "Losses", "Update", "Model rollouts", "Batches", "Evaluation", "Settings, the run's folder, checkpoints",
@@ -81,7 +83,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 
 def test_scripts_are_found():
-    assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc"} <= set(SCRIPTS)
+    assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
