@@ -331,7 +331,7 @@ def read_args() -> tuple[Args, list[str]]:
     args, notes = tyro.cli(Args, default=replace(Args(), **base)), []
     for field in fields(Args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        if field.name in ("gamma", "tau", "real_ratio") and not 0 <= value <= 1:
+        if field.name in ("gamma", "tau", "real_ratio", "policy_share", "top_fraction") and not 0 <= value <= 1:
             raise InputError(f"{flag} must lie between 0 and 1, not {value}")
         if type(value) is int and value < (least := 0 if field.name in ("seed", "num_threads") else 1):
             raise InputError(f"{flag} must be at least {least}, not {value}")

@@ -86,6 +86,10 @@ class OfflineDataset:
         center, half = (self.action_high + self.action_low) / 2, (self.action_high - self.action_low) / 2
         return center + half * np.clip(action, -1.0, 1.0)
 
+    def next_action(self) -> tuple[Tensor, Tensor]:
+        """The action logged one step later (N, action_dim) and where there is one, (N,): not where episodes end."""
+        return self.action.roll(-1, dims=0), ~self.episode_end
+
     def normalised_score(self, returns: float | np.ndarray) -> float | np.ndarray:
         """100 * (return - random) / (expert - random), for one return or an array; nan without reference scores."""
         low, high = self.ref_scores or (np.nan, np.nan)

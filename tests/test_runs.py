@@ -28,6 +28,7 @@ TINY = {
     "num-threads": 1, "num-updates": 40, "eval-interval": 20, "eval-episodes": 2, "checkpoint-interval": 10,
     "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
     "num-trajectories": 4, "horizon": 10, "pessimistic-episodes": 4, "cg-iterations": 3, "clone-epochs": 1,
+    "behaviour-updates": 20, "policy-share": 0.5,
 }  # fmt: skip
 every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
 
@@ -115,11 +116,15 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "cql": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
         "td3_bc": {"critic_loss", "actor_loss", "q", "bc_loss"},
         "bc": {"actor_loss"},
+        "sac_bc": {"critic_loss", "actor_loss", "q", "alpha", "kl"},
+        "onestep": {"critic_loss", "actor_loss", "q", "kl"},
         "iql": {"critic_loss", "actor_loss", "value_loss", "q", "v", "log_prob", "weight"},
     }
     own = own.get(script, set()) | {"return_mean", "normalised_score", "updates_per_second"}
     assert own <= set(rows[0]) == set(events.Tags()["scalars"])
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    one_at_a_time = {"critic_loss", "actor_loss"} if script == "onestep" else set()
+    known = [float(value) for row in rows for name, value in row.items() if name not in one_at_a_time]
+    assert all(math.isfinite(value) for value in known)
     assert [e.step for e in events.Scalars("return_mean")] == [20, 40]
     policy = torch.load(folder / "policy.pt", weights_only=True)
     module = importlib.import_module(f"algos.{script}")
@@ -165,6 +170,17 @@ def test_the_noise_of_sampled_actions_is_uniform_for_the_first_kind_and_normal_f
     assert not torch.equal(normal, next_normal)
 
 
+@pytest.mark.parametrize("improvement, num_critic", [("reverse-kl", 30), ("easy-bcq", 40)])
+def test_onestep_learns_q_first_and_then_with_it_as_it_is_the_policy(improvement, num_critic, run, monkeypatch):
+    module, stages = importlib.import_module("algos.onestep"), []
+    update = module.update
+    monkeypatch.setattr(module, "update", lambda *inputs: stages.append(inputs[-2]) or update(*inputs))
+    folder = run("--policy-share", "0.25", "--improvement", improvement, script="onestep")
+    assert stages == [False] * num_critic + [True] * (40 - num_critic)
+    policy = torch.load(folder / "policy.pt", weights_only=True)["actor"]
+    assert ("noise" in policy) == (improvement == "easy-bcq")
+
+
 def test_another_seed_gives_another_policy(run, tmp_path):
     run("--run-name", "a")
     run("--run-name", "b", "--seed", "1", "--dynamics", str(next(Path(os.environ["OFFLINE_MBRL_CACHE"]).rglob("*.pt"))))
@@ -197,8 +213,9 @@ def test_a_video_that_cannot_be_made_loses_nothing(run, monkeypatch, capsys):
 @every_script
 def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(script, run, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    obs, action = rng.normal(size=(300, 2)), rng.uniform(-1, 1, (300, 1))
-    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
+    action = rng.uniform(-1, 1, (300, 1))
+    walk = np.cumsum(np.pad(0.1 * action, ((1, 0), (0, 1))), axis=0)  # (301, 2)
+    arrays = {"observations": walk[:-1], "actions": action, "rewards": walk[1:, 0], "next_observations": walk[1:]}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(300, bool), timeouts=np.arange(300) % 50 == 49)
     folder = run("--dataset", str(tmp_path / "own.npz"), script=script)
     out = capsys.readouterr().out

@@ -41,10 +41,11 @@ OTHER_KIND = {
     "weighted": {"Actor"},  # a Gaussian that imitates: of logged actions it must know the log-density
 }  # fmt: skip
 MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr"}
-LEARNERS = ["SAC", "TD3", "IQL", "Natural policy gradient"]  # settings of each stand under its name
+LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient"]  # settings of each stand under its name
 BANNERS = [
     "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
-    "Losses", "Update", "Model rollouts", "Batches", "Evaluation", "Settings, the run's folder, checkpoints",
+    "Losses", "Update", "Model rollouts", "Batches", "Pre-training", "Evaluation",
+    "Settings, the run's folder, checkpoints",
 ]  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 
 def test_scripts_are_found():
-    assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql"} <= set(SCRIPTS)
+    assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql", "sac_bc", "onestep"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

@@ -1,0 +1,124 @@
+"""A network that is trained once, before the method, and then kept: a behaviour model, an inverse model and the like.
+
+The network and its loss belong to the scripts. Here are the loop, its progress and the cache.
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from common.dataset import InputError, OfflineDataset, cache_dir
+from common.dynamics import save
+
+FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
+HOLDOUT_INTERVAL = 500  # updates
+
+
+def load_or_train(
+    name: str,
+    make: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    rows: Tensor,
+    noise_dim: int,
+    data: OfflineDataset,
+    seed: int,
+    num_updates: int,
+    lr: float,
+    settings: dict,
+    compile: Callable = lambda function: function,
+) -> nn.Module:
+    """`make()` trained by Adam on minibatches of 256 of `rows`; from the cache where that was done before.
+
+    rows: (num_rows, width) on the data's device; loss(net, rows (batch, width), noise (batch, noise_dim), standard
+    normal) returns a scalar. Of the weights, those with the lowest loss on held-out rows are kept: a twentieth of the
+    rows, at most 1,000, always with the same noise. The cache's key is the name, the data's content, the seed,
+    num_updates, lr and `settings`, which is to hold whatever else shapes network, loss or rows. Returns the network
+    without gradients to its weights. Raises InputError when rows are too few or the loss is not finite.
+    """
+    if len(rows) < 20:
+        raise InputError(f"the {name} needs 20 transitions or more, not {len(rows)}")
+    key = json.dumps([FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
+    file = cache_dir() / "pretrained" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
+        torch.manual_seed(seed)
+        net = make().to(rows.device)
+    verb = "reused"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_suffix(".lock"))
+        try:
+            with lock.acquire(blocking=False):
+                pass
+        except Timeout:
+            print(f"pretrained  another process is training this {name}: waiting for it")
+        with lock:
+            if not file.is_file():
+                start = time.monotonic()
+                holdout = _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile, file)
+                save(file, {"net": net.state_dict(), "holdout": holdout})
+                file.with_suffix(".partial").unlink(missing_ok=True)
+                verb = f"trained in {time.monotonic() - start:.0f} s"
+    try:
+        state = torch.load(file, map_location=rows.device, weights_only=True)
+        net.load_state_dict(state["net"])
+    except Exception as error:
+        raise InputError(f"{file} is no {name} ({type(error).__name__}): delete it") from None
+    print(f"pretrained  {name}, {verb}, {num_updates:,} updates, holdout loss {state['holdout']:.3g}, {file}")
+    return net.requires_grad_(False)
+
+
+def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile, file: Path) -> float:
+    """Leaves the best weights in `net` and returns their holdout loss. Saves its state about once a minute."""
+    device, partial = rows.device, file.with_suffix(".partial")
+    generator = torch.Generator(device).manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator, device=device)
+    num_holdout = min(len(rows) // 20, 1000)
+    holdout, train = rows[order[:num_holdout]], order[num_holdout:]
+    holdout_noise = torch.randn(num_holdout, noise_dim, generator=generator, device=device)
+    batch_size = min(256, len(train))
+
+    params = list(net.parameters())
+    opt = torch.optim.Adam(params, lr, fused=True)
+    grads = compile(lambda *minibatch: torch.autograd.grad(loss(net, *minibatch), params))
+    best, lowest, first = {}, math.inf, 0
+    if partial.exists():
+        state = torch.load(partial, map_location=device, weights_only=True)
+        net.load_state_dict(state["net"])
+        opt.load_state_dict(state["opt"])
+        generator.set_state(state["generator"].cpu())
+        best, lowest, first = state["best"], state["lowest"], state["update"]
+    interval = 0.1 if sys.stderr.isatty() else 30
+    bar = tqdm(desc=name, initial=first, total=num_updates, unit="update", mininterval=interval, leave=False)
+    saved = time.monotonic()
+    for i in range(first + 1, num_updates + 1):
+        at = train.index_select(0, torch.randint(len(train), (batch_size,), generator=generator, device=device))
+        noise = torch.randn(batch_size, noise_dim, generator=generator, device=device)
+        for p, grad in zip(params, grads(rows.index_select(0, at), noise), strict=True):
+            p.grad = grad
+        opt.step()
+        bar.update()
+        if i % HOLDOUT_INTERVAL == 0 or i == num_updates:
+            with torch.no_grad():
+                value = loss(net, holdout, holdout_noise).item()
+            if not math.isfinite(value):
+                raise InputError(f"the {name} diverged: look for enormous values in observations")
+            if value < lowest:
+                lowest, best = value, {key: tensor.clone() for key, tensor in net.state_dict().items()}
+            bar.set_postfix_str(f"holdout {value:.3g}")
+            if time.monotonic() - saved > 60:
+                state = {"net": net.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
+                save(partial, state | {"best": best, "lowest": lowest, "update": i})
+                saved = time.monotonic()
+    bar.close()
+    net.load_state_dict(best)
+    return lowest
