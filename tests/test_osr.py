@@ -1,0 +1,218 @@
+"""OSR's functions against independent float64 NumPy, cql.py and sac_bc.py, and an inverse model with a known answer."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_combo import (
+    ACTION_DIM,
+    BATCH,
+    OBS_DIM,
+    as_rows,
+    needs_compiler,
+    numpy_actor,
+    numpy_q,
+    random_agent,
+    random_batch,
+    random_noise,
+)
+from test_sac_bc import numpy_gaussian, random_behaviour
+from torch.distributions import Normal
+
+import algos.cql as cql
+import algos.osr as osr
+import algos.sac_bc as sac_bc
+from common.dataset import load_dataset
+
+LATENT = 4
+
+
+def random_inverse(shared_std: bool = False, dtype=torch.float64) -> osr.InverseModel:
+    torch.manual_seed(7)
+    obs, _, _, next_obs, _ = random_batch(dtype)
+    return osr.InverseModel(obs, next_obs, ACTION_DIM, LATENT, shared_std).to(dtype).requires_grad_(False)
+
+
+def extra_noise(seed: int = 3, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """obs_noise, latent_noise"""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(BATCH, dim, generator=generator, dtype=dtype) for dim in (OBS_DIM, LATENT))
+
+
+def osr_agent(args, dtype=torch.float64):
+    agent = random_agent(osr, args, dtype)
+    agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    return agent
+
+
+# --- The inverse model ---
+def numpy_mlp(x: np.ndarray, net) -> np.ndarray:
+    p = [p.detach().numpy() for p in net.parameters()]
+    for weight, bias in zip(p[:-2:2], p[1:-2:2]):
+        x = np.maximum(x @ weight.T + bias, 0)
+    return x @ p[-2].T + p[-1]
+
+
+def numpy_inverse(inverse, obs: np.ndarray, next_obs: np.ndarray, noise: np.ndarray):
+    scale = {name: buffer.numpy() for name, buffer in inverse.named_buffers()}
+    x = np.concatenate([(obs - scale["obs_mean"]) / scale["obs_std"],
+                        (next_obs - obs - scale["delta_mean"]) / scale["delta_std"]], axis=1)  # fmt: skip
+    out = numpy_mlp(x, inverse.encoder)
+    m, e = out[:, :LATENT], np.exp(np.clip(out[:, LATENT:], -5, 2))
+    out = numpy_mlp(np.concatenate([x, m + e * noise], axis=1), inverse.decoder)
+    mean, raw = out[:, :ACTION_DIM], (out[:, :ACTION_DIM] if inverse.shared_std else out[:, ACTION_DIM:])
+    return mean, np.exp(np.clip(raw - 1, -5, 2)), m, e
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_scales_are_those_of_the_data_and_the_model_is_that_of_numpy(shared):
+    inverse, (obs, _, _, next_obs, _), (_, noise) = random_inverse(shared), random_batch(), extra_noise()
+    x, delta = obs.numpy(), (next_obs - obs).numpy()
+    np.testing.assert_allclose(inverse.obs_mean, x.mean(0))
+    np.testing.assert_allclose(inverse.delta_std, delta.std(0, ddof=1))
+    expected = numpy_inverse(inverse, x, next_obs.numpy(), noise.numpy())
+    mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, noise)
+    for one, other in zip((mean, log_std.exp(), latent_mean, latent_log_std.exp()), expected, strict=True):
+        np.testing.assert_allclose(one, other)
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "squared"])
+def test_inverse_loss_is_that_of_numpy(kind):
+    inverse, (obs, action, _, next_obs, _) = random_inverse(), random_batch()
+    noise = torch.randn(BATCH, LATENT + ACTION_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    mean, std, m, e = numpy_inverse(inverse, obs.numpy(), next_obs.numpy(), noise.numpy()[:, :LATENT])
+    if kind == "likelihood":
+        density = Normal(torch.as_tensor(mean), torch.as_tensor(std)).log_prob(action.clamp(-0.999, 0.999).atanh())
+        error = -density.mean().item() - 0.5 * np.log(2 * np.pi)
+    else:
+        error = ((np.tanh(mean + std * noise.numpy()[:, LATENT:]) - action.numpy()) ** 2).mean()
+    prior = (-0.5 * (1 + np.log(e**2) - m**2 - e**2)).mean()  # as the released code writes it
+    loss = osr.inverse_loss(inverse, obs, next_obs, action, noise, 0.5, kind)
+    assert loss.item() == pytest.approx(error + 0.5 * prior, rel=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_deviation_has_a_head_of_its_own(shared):
+    inverse, (obs, _, _, next_obs, _), (_, noise) = random_inverse(shared), random_batch(), extra_noise()
+    mean, log_std, *_ = inverse(obs, next_obs, noise)
+    with torch.no_grad():
+        inverse.decoder[-1].weight[ACTION_DIM:].add_(0.3)
+    new_mean, new_log_std, *_ = inverse(obs, next_obs, noise)
+    assert torch.equal(mean, new_mean) and torch.equal(log_std, new_log_std) == shared
+
+
+@pytest.fixture(scope="module")
+def linear_inverse(tmp_path_factory):
+    """Of s' = s + 0.1 a: fitted on uniform actions."""
+    folder = tmp_path_factory.mktemp("linear")
+    patch, rng = pytest.MonkeyPatch(), np.random.default_rng(0)
+    patch.setenv("OFFLINE_MBRL_CACHE", str(folder / "cache"))
+    obs, action = rng.normal(size=(4_000, 1)), rng.uniform(-0.9, 0.9, (4_000, 1))
+    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
+    np.savez(folder / "own.npz", **arrays, terminals=np.zeros(4_000), timeouts=np.ones(4_000))
+    data = load_dataset(str(folder / "own.npz"))
+    args = osr.Args(latent_dim=LATENT, inverse_updates=2_500, inverse_lr=1e-3, compile=False)
+    yield osr.inverse_model(data, args), data
+    patch.undo()
+
+
+def answer(inverse, obs, next_obs) -> torch.Tensor:
+    return torch.tanh(inverse(obs, next_obs, torch.zeros(len(obs), LATENT))[0])
+
+
+def test_the_inverse_model_finds_the_logged_action(linear_inverse):
+    inverse, data = linear_inverse
+    assert (answer(inverse, data.obs, data.next_obs) - data.action).abs().mean() < 0.03
+    assert not any(p.requires_grad for p in inverse.parameters())
+
+
+def test_at_a_perturbed_state_it_answers_with_the_action_that_leads_back(linear_inverse):
+    inverse, data = linear_inverse
+    few = data.action[:, 0].abs() < 0.4
+    obs, next_obs, action = data.obs[few], data.next_obs[few], data.action[few]
+    half = (torch.as_tensor(data.action_high) - torch.as_tensor(data.action_low)) / 2
+    for shift in (-0.03, 0.03):
+        change = (answer(inverse, obs + shift, next_obs) - action).mean() * half
+        assert change.item() == pytest.approx(-shift / 0.1, rel=0.1)
+
+
+# --- Perturbation and divergence ---
+def test_perturbation_is_in_units_of_the_datas_deviation():
+    obs, std = torch.zeros(100_000, OBS_DIM), torch.tensor([0.5, 2.0, 3.0])
+    noise = torch.randn(obs.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(osr.perturb(obs, std, noise, 0.1).std(0), 0.1 * std, rtol=0.02, atol=0)
+    assert torch.equal(osr.perturb(obs + 3, std, noise, 0.0), obs + 3)
+
+
+def test_the_forward_direction_is_behaviour_cloning_of_the_wanted_actions():
+    """The gradient of KL(I || pi) is that of - log pi at actions drawn from I."""
+    agent, obs = osr_agent(osr.Args()), random_batch()[0][:1]
+    law = torch.tensor([[0.3, -0.2]], dtype=torch.float64), torch.tensor([[-0.5, 0.1]], dtype=torch.float64)
+    params = list(agent.actor.net[-1].parameters())
+    grads = torch.autograd.grad(osr.recovery(agent.actor, law, obs, "forward"), params)
+    noise = torch.randn(400_000, ACTION_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, log_std = agent.actor.net(obs).chunk(2, dim=-1)
+    sampled = -Normal(mean, log_std.exp()).log_prob(law[0] + law[1].exp() * noise).mean()
+    for one, other in zip(grads, torch.autograd.grad(sampled, params), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
+# --- Update ---
+@pytest.mark.parametrize("target", ["inverse", "behaviour"])
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_actor_loss_is_that_of_numpy(target, kl):
+    args = osr.Args(noise_scale=0.2, recovery_coef=0.7, target=target, kl=kl, num_samples=4, critic_lr=1e-12)
+    agent, batch, (noise, proposal_noise), extra = osr_agent(args), random_batch(), random_noise(), extra_noise()
+    wanted = random_inverse() if target == "inverse" else random_behaviour()
+    obs, next_obs = batch[0].numpy(), batch[3].numpy()
+    action, log_prob = numpy_actor(agent.actor, obs, noise[1].numpy())  # at the logged state
+    q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
+    perturbed = obs + 0.2 * np.array([0.5, 2.0, 3.0]) * extra[0].numpy()
+    one = numpy_gaussian(agent.actor, perturbed)
+    if target == "inverse":
+        other = numpy_inverse(wanted, perturbed, next_obs, extra[1].numpy())[:2]
+    else:
+        other = numpy_gaussian(wanted, perturbed)
+    (m1, s1), (m2, s2) = (one, other) if kl == "reverse" else (other, one)
+    divergence = (np.log(s2 / s1) + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 1 / 2).mean()
+    before = copy.deepcopy(wanted.state_dict())
+    info = osr.update(agent, wanted, as_rows(batch), noise, proposal_noise, *extra, args)
+    assert info["kl"].item() == pytest.approx(divergence, rel=1e-6)
+    assert info["actor_loss"].item() == pytest.approx((log_prob - q).mean() + 0.7 * divergence, rel=1e-6)
+    assert all(torch.equal(before[key], value) for key, value in wanted.state_dict().items())
+
+
+@pytest.mark.parametrize("conservative_coef", [5.0, 0.0])
+def test_without_the_divergence_it_is_cql_and_without_both_terms_sac(conservative_coef):
+    args = osr.Args(recovery_coef=0, conservative_coef=conservative_coef, num_samples=4)
+    agent, wanted = osr_agent(args), random_inverse()
+    if conservative_coef:
+        plain_args = cql.Args(conservative_coef=conservative_coef, hidden_layers=2)
+        plain = cql.Agent(OBS_DIM, ACTION_DIM, plain_args).double()
+    else:
+        plain_args = sac_bc.Args(bc_coef=0, normalise_q=False)
+        plain = sac_bc.Agent(OBS_DIM, ACTION_DIM, plain_args).double()
+    plain.load_state_dict(agent.state_dict(), strict=False)
+    for seed in range(3):
+        rows, (noise, proposal_noise), extra = as_rows(random_batch(seed=seed)), random_noise(seed=seed), extra_noise()
+        osr.update(agent, wanted, rows, noise, proposal_noise, *extra, args)
+        if conservative_coef:
+            cql.update(plain, rows, noise, proposal_noise, plain_args)
+        else:
+            sac_bc.update(plain, random_behaviour(), rows, noise, plain_args)
+    for name in ("actor", "critic", "target_critic"):
+        for one, other in zip(getattr(agent, name).parameters(), getattr(plain, name).parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+@needs_compiler
+def test_compiled_and_eager_updates_agree(capsys):
+    args = osr.Args(hidden_layers=1, num_samples=4)
+    agents, wanted = [osr_agent(args, torch.float32) for _ in range(2)], random_inverse(dtype=torch.float32)
+    step = osr.compiled(lambda *x: osr.update(agents[0], wanted, *x, args), args, torch.device("cpu"))
+    for seed in range(2):
+        inputs = as_rows(random_batch(torch.float32, seed)), *random_noise(torch.float32, seed)
+        inputs += extra_noise(seed, torch.float32)
+        torch.testing.assert_close(step(*inputs), osr.update(agents[1], wanted, *inputs, args), rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out == ""  # no word of going on eagerly
