@@ -28,7 +28,7 @@ TINY = {
     "num-threads": 1, "num-updates": 40, "eval-interval": 20, "eval-episodes": 2, "checkpoint-interval": 10,
     "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
     "num-trajectories": 4, "horizon": 10, "pessimistic-episodes": 4, "cg-iterations": 3, "clone-epochs": 1,
-    "behaviour-updates": 20, "inverse-updates": 20, "policy-share": 0.5,
+    "behaviour-updates": 20, "inverse-updates": 20, "transition-updates": 20, "policy-share": 0.5,
 }  # fmt: skip
 every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
 
@@ -118,6 +118,7 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "bc": {"actor_loss"},
         "sac_bc": {"critic_loss", "actor_loss", "q", "alpha", "kl"},
         "osr": {"critic_loss", "actor_loss", "q", "alpha", "kl", "conservative_gap"},
+        "sdc": {"critic_loss", "actor_loss", "q", "alpha", "mmd", "kappa", "conservative_gap"},
         "onestep": {"critic_loss", "actor_loss", "q", "kl"},
         "iql": {"critic_loss", "actor_loss", "value_loss", "q", "v", "log_prob", "weight"},
     }

@@ -40,7 +40,7 @@ OTHER_KIND = {
     "deterministic": {"Actor"},
     "weighted": {"Actor"},  # a Gaussian that imitates: of logged actions it must know the log-density
 }  # fmt: skip
-MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr", "normalise_q"}
+MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr", "normalise_q", "noise_scale"}
 LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient"]  # settings of each stand under its name
 BANNERS = [
     "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
@@ -85,7 +85,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 def test_scripts_are_found():
     assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql", "sac_bc", "onestep"} <= set(SCRIPTS)
-    assert {"osr"} <= set(SCRIPTS)
+    assert {"osr", "sdc"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
@@ -145,7 +145,8 @@ def test_sections_stand_in_the_same_order(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_header_names_paper_and_command_and_its_departures_are_marked_below(script):
     header, body = TEXTS[script].split('"""', 2)[1:]
-    assert re.search(r"(arXiv:\d{4}\.\d{5}|openreview\.net/forum\?id=\w+)\)\n", header.splitlines(keepends=True)[0])
+    source = r"(arXiv:\d{4}\.\d{5}|openreview\.net/forum\?id=\w+|doi\.org/[\w./]+)\)$"
+    assert re.search(source, header.splitlines()[0])
     assert f"Run: python algos/{script}.py" in header
     for name in re.findall(r"(\w+)\(\)$", header, flags=re.MULTILINE):
         assert f"def {name}(" in body

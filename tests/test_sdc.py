@@ -1,0 +1,271 @@
+"""SDC's functions against independent float64 NumPy, known values of the MMD, cql.py, and models with known answers."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_combo import (
+    ACTION_DIM,
+    BATCH,
+    OBS_DIM,
+    as_rows,
+    needs_compiler,
+    numpy_actor,
+    numpy_q,
+    random_agent,
+    random_batch,
+    random_noise,
+)
+
+import algos.cql as cql
+import algos.sdc as sdc
+from common.dataset import InputError, load_dataset
+from common.dynamics import Dynamics
+
+N = 3  # samples of either side
+
+
+def randn(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def models(dtype=torch.float64) -> tuple[sdc.TransitionModel, Dynamics]:
+    torch.manual_seed(7)
+    obs, _, _, next_obs, _ = random_batch(dtype)
+    transition = sdc.TransitionModel(obs, next_obs).to(dtype).requires_grad_(False)
+    dynamics = Dynamics(OBS_DIM, ACTION_DIM, 4, 3, hidden=8).to(dtype).requires_grad_(False)
+    dynamics.elites.copy_(torch.tensor([3, 0, 2]))
+    for layer in dynamics.layers:
+        layer.weight.mul_(4)  # else actions hardly matter
+    return transition, dynamics
+
+
+def sdc_agent(args, dtype=torch.float64):
+    agent = random_agent(sdc, args, dtype)
+    agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    agent.bandwidth.fill_(1.3)
+    agent.eta.fill_(0.4)
+    return agent
+
+
+def method_noise(seed: int = 3, dtype=torch.float64):
+    """obs_noise, action_noise, latent_noise, order, model_noise"""
+    order = torch.randperm(N * BATCH, generator=torch.Generator().manual_seed(seed))
+    shapes = (BATCH, OBS_DIM), (N, BATCH, ACTION_DIM), (N, BATCH, 2 * OBS_DIM), (N * BATCH, OBS_DIM + 1)
+    noise = [randn(*shape, seed=seed + i, dtype=dtype) for i, shape in enumerate(shapes)]
+    return *noise[:3], order, noise[3]
+
+
+# --- The MMD ---
+def numpy_mmd(x: np.ndarray, y: np.ndarray, width: float) -> float:
+    """x: (n, dim), y: (m, dim); written out."""
+
+    def mean(a, b):
+        return np.mean([math.exp(-((p - q) ** 2).sum() / (2 * width**2)) for p in a for q in b])
+
+    return math.sqrt(mean(x, x) + mean(y, y) - 2 * mean(x, y) + 1e-6)
+
+
+def mmd(x, y, width: float = 1.3) -> torch.Tensor:
+    return sdc.mmd(x, y, torch.tensor(width))
+
+
+def test_mmd_is_that_of_numpy_state_by_state():
+    x, y = randn(4, BATCH, OBS_DIM), 0.5 * randn(6, BATCH, OBS_DIM, seed=1) + 0.3
+    expected = [numpy_mmd(x[:, i].numpy(), y[:, i].numpy(), 1.3) for i in range(BATCH)]
+    np.testing.assert_allclose(mmd(x, y), expected, rtol=1e-6)
+
+
+def test_mmd_of_a_set_with_itself_is_zero_and_neither_order_nor_place_matter():
+    x, y = randn(4, BATCH, OBS_DIM), randn(6, BATCH, OBS_DIM, seed=1)
+    torch.testing.assert_close(mmd(x, x), torch.full((BATCH,), 1e-3, dtype=torch.float64), rtol=1e-6, atol=0)
+    for other in (mmd(y, x), mmd(x.flip(0), y), mmd(x + 5, y + 5)):
+        torch.testing.assert_close(mmd(x, y), other)
+
+
+def test_mmd_of_one_sample_each_is_a_distance_of_the_kernel():
+    x, y = randn(1, BATCH, OBS_DIM), randn(1, BATCH, OBS_DIM, seed=1)
+    kernel = (-(x - y).square().sum(-1)[0] / (2 * 1.3**2)).exp()
+    torch.testing.assert_close(mmd(x, y).square(), 2 - 2 * kernel + 1e-6)
+
+
+def test_mmd_of_many_samples_of_two_normals_has_its_known_value():
+    dim, width, shift = 3, 1.3, torch.tensor([1.2, -0.6, 1.0], dtype=torch.float64)
+    x, y = randn(2_000, 1, dim), randn(2_000, 1, dim, seed=1) + shift
+    scale = (1 + 2 / width**2) ** (-dim / 2)
+    expected = 2 * scale * (1 - math.exp(-shift.square().sum().item() / (2 * (width**2 + 2))))
+    assert mmd(x, y, width).square().item() == pytest.approx(expected, rel=0.1)
+
+
+# --- The transition model ---
+def numpy_mlp(x: np.ndarray, net) -> np.ndarray:
+    p = [p.detach().numpy() for p in net.parameters()]
+    for weight, bias in zip(p[:-2:2], p[1:-2:2]):
+        x = np.maximum(x @ weight.T + bias, 0)
+    return x @ p[-2].T + p[-1]
+
+
+def numpy_sample(transition, obs: np.ndarray, latent: np.ndarray) -> np.ndarray:
+    scale = {name: buffer.numpy() for name, buffer in transition.named_buffers()}
+    x = np.concatenate([(obs - scale["obs_mean"]) / scale["obs_std"], latent], axis=1)
+    return obs + scale["delta_mean"] + scale["delta_std"] * numpy_mlp(x, transition.decoder)
+
+
+def test_transition_loss_and_samples_are_those_of_numpy():
+    transition, (obs, _, _, next_obs, _) = models()[0], random_batch()
+    noise, scale = randn(BATCH, 2 * OBS_DIM), {name: buffer.numpy() for name, buffer in transition.named_buffers()}
+    delta = ((next_obs - obs).numpy() - scale["delta_mean"]) / scale["delta_std"]
+    standardised = (obs.numpy() - scale["obs_mean"]) / scale["obs_std"]
+    m, log_e = np.split(numpy_mlp(np.concatenate([standardised, delta], 1), transition.encoder), 2, axis=1)
+    e = np.exp(np.clip(log_e, -5, 2))
+    sample = numpy_sample(transition, obs.numpy(), m + e * noise.numpy())
+    error = (((sample - next_obs.numpy()) / scale["delta_std"]) ** 2).mean()
+    prior = (-0.5 * (1 + np.log(e**2) - m**2 - e**2)).mean()
+    loss = sdc.transition_loss(transition, obs, next_obs, noise, 0.3)
+    assert loss.item() == pytest.approx(error + 0.3 * prior, rel=1e-9)
+    np.testing.assert_allclose(transition.sample(obs, noise), numpy_sample(transition, obs.numpy(), noise.numpy()))
+    np.testing.assert_allclose(standardised.std(0, ddof=1), 1)
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """s' = 0.9 s + 0.1 a, with uniform actions; the transition model of it."""
+    folder = tmp_path_factory.mktemp("linear")
+    patch, rng = pytest.MonkeyPatch(), np.random.default_rng(0)
+    patch.setenv("OFFLINE_MBRL_CACHE", str(folder / "cache"))
+    obs, action = rng.normal(size=(4_000, 1)), rng.uniform(-0.9, 0.9, (4_000, 1))
+    next_obs = 0.9 * obs + 0.1 * action
+    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": next_obs}
+    np.savez(folder / "own.npz", **arrays, terminals=np.zeros(4_000), timeouts=np.ones(4_000))
+    data = load_dataset(str(folder / "own.npz"))
+    args = sdc.Args(transition_updates=2_000, latent_coef=0.05, compile=False)
+    yield data, sdc.transition_model(data, args)
+    patch.undo()
+
+
+def test_the_transition_model_has_the_mean_and_the_spread_of_the_data(linear):
+    _, transition = linear
+    for s in (-1.0, 0.0, 1.0):
+        sample = transition.sample(torch.full((4_000, 1), s), randn(4_000, 2, dtype=torch.float32))
+        assert sample.mean().item() == pytest.approx(0.9 * s, abs=0.02)
+        assert sample.std().item() == pytest.approx(0.09 / math.sqrt(3), rel=0.35)
+
+
+class Exact:
+    """The linear system as an ensemble."""
+
+    def __init__(self, data):
+        box = [torch.as_tensor(x, dtype=torch.float32) for x in (data.action_low, data.action_high)]
+        self.centre, self.half = (box[1] + box[0]) / 2, (box[1] - box[0]) / 2
+
+    def step(self, obs, action, order, noise):
+        return 0.9 * obs + 0.1 * (self.centre + self.half * action), noise[:, -1]
+
+
+def test_calibration_takes_width_and_eta_from_logged_actions_and_policies_that_go_elsewhere_exceed_eta(linear, capsys):
+    data, transition = linear
+    args = sdc.Args(mmd_samples=10)
+    agent = sdc.Agent(1, 1, args)
+    sdc.calibrate(agent, transition, Exact(data), data, args)
+    assert "constraint  MMD <=" in capsys.readouterr().out
+    assert agent.obs_std.item() == pytest.approx(data.obs.std().item(), rel=1e-4)
+    assert 0.02 < agent.bandwidth.item() < 0.2 and agent.eta.item() > 0.05
+
+    def distance(shift: float) -> float:
+        obs, action = data.obs[:500], data.action[torch.randint(len(data.action), (10, 500))]
+        noise = torch.randn(10, 500, 2), torch.randperm(5_000), torch.zeros(5_000, 2)
+        return sdc.deviation(agent, transition, Exact(data), obs, obs + shift, action, *noise).item()
+
+    torch.manual_seed(0)
+    assert distance(0.0) < distance(0.1) < distance(0.4)
+    assert distance(0.0) < 1.2 * agent.eta.item() < distance(0.4)
+    sdc.calibrate(agent, transition, Exact(data), data, sdc.Args(eta=0.05, bandwidth=0.1))
+    assert (agent.eta.item(), agent.bandwidth.item()) == pytest.approx((0.05, 0.1))
+
+
+@pytest.mark.parametrize("bandwidth", [1e-4, 100.0])
+def test_a_kernel_that_says_nothing_is_refused(bandwidth, linear):
+    data, transition = linear
+    with pytest.raises(InputError, match="--bandwidth"):
+        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, Exact(data), data, sdc.Args(bandwidth=bandwidth))
+
+
+# --- Update ---
+def test_actor_loss_and_mmd_are_those_of_numpy():
+    args = sdc.Args(noise_scale=0.2, multiplier=0.7, num_samples=4, critic_lr=1e-12)
+    agent, (transition, dynamics), batch = sdc_agent(args), models(), random_batch()
+    noise, proposal_noise = random_noise()
+    extra = obs_noise, action_noise, latent_noise, order, model_noise = method_noise()
+    std, obs = np.array([0.5, 2.0, 3.0]), batch[0].numpy()
+    action, log_prob = numpy_actor(agent.actor, obs, noise[1].numpy())  # at the logged state
+    q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
+    perturbed = obs + 0.2 * std * obs_noise.numpy()
+    chosen = np.concatenate([numpy_actor(agent.actor, perturbed, action_noise[k].numpy())[0] for k in range(N)])
+    reached, _ = dynamics.step(torch.as_tensor(np.tile(perturbed, (N, 1))), torch.as_tensor(chosen), order, model_noise)
+    y = reached.numpy().reshape(N, BATCH, OBS_DIM) / std
+    x = np.stack([numpy_sample(transition, obs, latent_noise[k].numpy()) for k in range(N)]) / std
+    distance = np.mean([numpy_mmd(x[:, i], y[:, i], 1.3) for i in range(BATCH)])
+    info = sdc.update(agent, transition, dynamics, as_rows(batch), noise, proposal_noise, *extra, args=args)
+    assert info["mmd"].item() == pytest.approx(distance, rel=1e-6)
+    assert info["actor_loss"].item() == pytest.approx((log_prob - q).mean() + 0.7 * (distance - 0.4), rel=1e-6)
+
+
+def test_the_constraint_pulls_at_the_policy_and_leaves_the_models_alone():
+    args = sdc.Args(num_samples=4)
+    agent, nets, (obs, *_) = sdc_agent(args), models(), random_batch()
+    for net in nets:
+        net.requires_grad_(True)
+    obs_noise, action_noise, *next_noise = method_noise()
+    distance = sdc.deviation(agent, *nets, obs, obs, agent.actor(obs, action_noise)[0], *next_noise)
+    grads = torch.autograd.grad(distance, list(agent.actor.parameters()))
+    assert max(g.abs().max() for g in grads) > 1e-4
+    before = [copy.deepcopy(net.state_dict()) for net in nets]
+    sdc.update(agent, *nets, as_rows(random_batch()), *random_noise(), *method_noise(), args=args)
+    for net, state in zip(nets, before, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("eta, sign", [(0.0, 1), (5.0, -1)])
+def test_the_multiplier_grows_above_eta_and_shrinks_below_to_its_bound(eta, sign):
+    args = sdc.Args(num_samples=4, multiplier_lr=0.1)
+    agent, nets = sdc_agent(args), models()
+    agent.eta.fill_(eta)
+    for _ in range(2):
+        info = sdc.update(agent, *nets, as_rows(random_batch()), *random_noise(), *method_noise(), args=args)
+    assert sign * agent.log_kappa.item() == pytest.approx(0.2, rel=0.01)
+    assert info["kappa"].item() == pytest.approx(math.exp(sign * 0.1), rel=0.01)  # before its second step
+    with torch.no_grad():
+        agent.log_kappa.fill_(sign * 50.0)
+    sdc.update(agent, *nets, as_rows(random_batch()), *random_noise(), *method_noise(), args=args)
+    assert agent.log_kappa.item() == (10 if sign > 0 else -5)
+
+
+def test_with_a_multiplier_of_zero_it_is_cql():
+    args, plain_args = sdc.Args(multiplier=0.0, num_samples=4), cql.Args(hidden_layers=2)
+    agent, nets, plain = sdc_agent(args), models(), cql.Agent(OBS_DIM, ACTION_DIM, plain_args).double()
+    own = {"log_kappa", "kappa_opt"}  # of CQL's Lagrange form there, of the constraint here
+    shared = {key: value for key, value in agent.state_dict().items() if key.split(".")[0] not in own}
+    plain.load_state_dict(shared, strict=False)
+    for seed in range(3):
+        rows, noises = as_rows(random_batch(seed=seed)), random_noise(seed=seed)
+        sdc.update(agent, *nets, rows, *noises, *method_noise(), args=args)
+        cql.update(plain, rows, *noises, plain_args)
+    for name in ("actor", "critic", "target_critic"):
+        for one, other in zip(getattr(agent, name).parameters(), getattr(plain, name).parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+    assert agent.log_kappa.item() == 0
+
+
+@needs_compiler
+def test_compiled_and_eager_updates_agree(capsys):
+    args = sdc.Args(hidden_layers=1, num_samples=4)
+    agents, nets = [sdc_agent(args, torch.float32) for _ in range(2)], models(torch.float32)
+    step = sdc.compiled(lambda *x: sdc.update(agents[0], *nets, *x, args=args), args, torch.device("cpu"))
+    for seed in range(2):
+        inputs = as_rows(random_batch(torch.float32, seed)), *random_noise(torch.float32, seed)
+        inputs += method_noise(seed, torch.float32)
+        eager = sdc.update(agents[1], *nets, *inputs, args=args)
+        torch.testing.assert_close(step(*inputs), eager, rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out == ""  # no word of going on eagerly
