@@ -10,6 +10,7 @@ The medium and expert actors lie in benchmarks/policies, so that every set but t
 the replay needs the training. The sets are local Minari datasets named <environment>/<grade>-v0.
 Run: python benchmarks/collect.py --envs hopper --grades random medium expert
      python benchmarks/collect.py --envs hopper walker2d --train
+     python benchmarks/collect.py --envs hopper --train --grades medium-replay
 """
 
 import json
@@ -68,7 +69,7 @@ class Args:
     envs: tuple[Literal["hopper", "halfcheetah", "walker2d", "inverteddoublependulum"], ...] = tuple(ENVS)  # which
     grades: tuple[Grade, ...] = ("random", "medium", "expert")  # medium-replay comes out of --train alone
     num_steps: int = 1_000_000  # of random, medium and expert; medium-expert has twice as many
-    train: bool = False  # train the policies anew and record medium-replay
+    train: bool = False  # train the policies anew and record medium-replay; for that grade alone, no further than medium
     seed: int = 0  # of everything
     processes: int = 2  # at a time, one environment and one thread each
     compile: bool = True  # the update as one graph
@@ -145,7 +146,7 @@ def train(name: str, args: Args) -> dict:
     bar = tqdm(initial=saved, total=env.max_steps, desc=name, unit="step", mininterval=30)
     low, high = single.action_space.low, single.action_space.high
     step = saved
-    while step < env.max_steps and not finished(snapshots, env):
+    while step < env.max_steps and not finished(snapshots, env, args):
         obs, _ = single.reset(seed=int(np.random.SeedSequence([args.seed, len(ends)]).generate_state(1)[0]))
         done = False
         while not done and step < env.max_steps:
@@ -171,7 +172,7 @@ def train(name: str, args: Args) -> dict:
                 bar.write(f"{name} step {step:>9,}  sampled return {value:8.1f}  q {info['q']:8.1f}")
             bar.update()
         ends.append(step)
-        if step - saved >= CHECKPOINT_INTERVAL or step == env.max_steps or finished(snapshots, env):
+        if step - saved >= CHECKPOINT_INTERVAL or step == env.max_steps or finished(snapshots, env, args):
             state = {"agent": agent.state_dict(), "rows": rows[:step].clone(), "ends": ends, "snapshots": snapshots}
             save(file, state | {"rng": torch_rng.get_state()})
             saved = step
@@ -179,8 +180,10 @@ def train(name: str, args: Args) -> dict:
     return {"rows": rows[:step], "ends": ends, "snapshots": snapshots}
 
 
-def finished(snapshots: list[dict], env: Env) -> bool:
-    """Whether the last three evaluations are an expert's."""
+def finished(snapshots: list[dict], env: Env, args: Args) -> bool:
+    """Whether the last three evaluations are an expert's; when only the replay is wanted, whether one is a medium's."""
+    if args.grades == ("medium-replay",):
+        return any(env.medium[0] <= s["return"] <= env.medium[1] for s in snapshots)
     return len(snapshots) >= 3 and min(s["return"] for s in snapshots[-3:]) >= env.expert
 
 
@@ -268,8 +271,9 @@ def work(name: str, args: Args) -> None:
     torch.set_num_threads(1)
     if args.train:
         training = train(name, args)
-        for grade, snapshot in choose(training["snapshots"], ENVS[name]).items():
-            save_policy(name, grade, snapshot, args)
+        if args.grades != ("medium-replay",):
+            for grade, snapshot in choose(training["snapshots"], ENVS[name]).items():
+                save_policy(name, grade, snapshot, args)
         record(name, "medium-replay", args, training)
     for grade in args.grades:
         if grade != "medium-replay":
