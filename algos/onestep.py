@@ -18,6 +18,7 @@ import copy
 import csv
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -73,6 +74,7 @@ class Args:
     resume: str = ""  # folder of a run to go on with; its settings hold where no flag is given
     run_name: str = ""  # by default dataset__algo__seed__time
     capture_video: bool = False  # film one episode of the final policy
+    displace: bool = False  # measure what forced random actions half-way through an episode cost
     # --- SARSA ---
     hidden_layers: int = 2  # of 256 units, in actor and critics
     gamma: float = 0.99  # discount per environment step
@@ -340,20 +342,44 @@ def make_envs(data: OfflineDataset, num_envs: int) -> gym.vector.VectorEnv | Non
 
 
 @torch.no_grad()
-def evaluate(actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: list[int]) -> np.ndarray:
+def evaluate(actor, envs, data: OfflineDataset, seed: list[int], forced: range = range(0), after=None) -> np.ndarray:
     """Undiscounted returns (num_envs,) of the deterministic policy, one episode per environment.
 
     The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
-    nothing else.
+    nothing else. At the steps in `forced` actions are uniformly random; the list `after` receives the observations
+    (num_running, obs_dim) of the 50 steps that follow.
     """
     obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
+    returns, running, rng = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), np.random.default_rng(seed)
+    for step in itertools.count():
+        if after is not None and step in range(forced.stop, forced.stop + 50):
+            after.append(obs[running])
         action = actor.act(torch.as_tensor(obs, dtype=torch.float32, device=data.obs.device)).cpu().numpy()
+        action = rng.uniform(-1, 1, action.shape) if step in forced else action
         obs, reward, terminated, truncated, _ = envs.step(data.to_env_action(action))
         returns += reward * running
         running &= ~(terminated | truncated)
-    return returns
+        if not running.any():
+            return returns
+
+
+def displace(run: Path, actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, args: Args) -> None:
+    """displaced.csv: the final policy's return after 0, 5, 10 and 15 forced actions, half-way to the time limit.
+
+    The test of recovery by Zhang et al. 2022 and Jiang et al. 2023. distance: from the observations of the 50 steps
+    that follow to the nearest of at most 50,000 logged ones, in standard deviations; nan where no episode got there.
+    """
+    middle, rows = (data.env_spec.max_episode_steps or 1_000) // 2, []
+    std = data.obs.std(dim=0).clamp(min=1e-6)
+    logged = data.obs[:: math.ceil(len(data.obs) / 50_000)] / std
+    for num in (0, 5, 10, 15):
+        returns = evaluate(actor, envs, data, [args.seed, args.num_updates], range(middle, middle + num), after := [])
+        visited = torch.as_tensor(np.concatenate(after or [np.empty((0, len(std)))]), dtype=torch.float32)
+        distance = torch.cdist(visited.to(std.device) / std, logged).amin(dim=1).mean().item()
+        row = {"forced_actions": num, "return_mean": returns.mean(), "return_std": returns.std()}
+        rows.append(row | {"episodes": len(after[0]) if after else 0, "distance": distance})
+        print(f"displaced   by {num:>2} actions: return {returns.mean():8.1f}, distance to the data {distance:.3f}")
+    write_csv(run / "displaced.csv", rows)
 
 
 def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
@@ -417,6 +443,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(path.with_name(f"{path.name}.tmp"), path)
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    table = csv.DictWriter(text := io.StringIO(), list(rows[-1]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
 def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
     git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'  # through the shell: nobody must have git
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
@@ -434,10 +467,7 @@ def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> Non
     for name, value in history[-1].items():
         writer.add_scalar(name, value, history[-1]["update"])
     writer.flush()
-    table = csv.DictWriter(text := io.StringIO(), list(history[-1]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    write_text(run / "progress.csv", text.getvalue())
+    write_csv(run / "progress.csv", history)
 
 
 def save_checkpoint(run: Path, agent: Agent, data: OfflineDataset, progress: dict) -> None:
@@ -580,6 +610,8 @@ def main(args: Args, notes: list[str]) -> None:
         last_mean, data_mean = f"mean of the last {len(last)} evaluations", "mean of the data's episodes"
         for name, value, what in (("score", score, last_mean), ("behaviour", behaviour, data_mean)):
             print(f"{name:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), {what}")
+    if envs and args.displace:
+        displace(run, policy, envs, data, args)
     if envs and args.capture_video:
         film(policy, data, run / "video.gif")
     print(f"run         {run}\ncurves      tensorboard --logdir {args.run_dir}")

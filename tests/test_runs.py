@@ -199,6 +199,20 @@ def test_it_runs_from_any_directory_and_reuses_the_ensemble(home, tmp_path):
     assert len(list(tmp_path.glob("pendulum-random-v0__mopo__77__*"))) == 2  # default names never collide
 
 
+@every_script
+def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run, capsys):
+    folder = run("--displace", script=script)
+    with open(folder / "displaced.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["forced_actions"] for row in rows] == ["0", "5", "10", "15"]
+    assert [row["episodes"] for row in rows] == ["2"] * 4  # Pendulum's episodes have no end before the time limit
+    undisturbed, last = float(rows[0]["return_mean"]), float(progress(folder)[-1]["return_mean"])
+    assert undisturbed == pytest.approx(last)
+    assert all(float(row["return_mean"]) != undisturbed for row in rows[1:])
+    assert all(0 < float(row["distance"]) < 2 for row in rows)
+    assert capsys.readouterr().out.count("displaced   by") == 4
+
+
 def test_capture_video_films_the_final_policy(run):
     folder = run("--capture-video")
     assert (folder / "video.gif").read_bytes()[:3] == b"GIF"
