@@ -32,6 +32,7 @@ from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E40
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
+DISPLACED = ("forced_actions", "return_mean", "episodes", "distance")
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
 - **score**: mean of a run's last evaluations, normalised as in D4RL (0 = random policy, 100 = expert); **return**: the
@@ -47,6 +48,10 @@ brackets: 95 % intervals, from {NUM_DRAWS:,} bootstrap draws of the seeds within
 there are fewer than about five seeds, and absent where a dataset has one. P(A > B): how probable it is that a run of A
 scores higher than one of B on the same dataset, mean over datasets."""
 
+DISPLACEMENT = """\
+`--displace`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way to the time limit;
+of the ten episodes, how many get there; and how far from the data the 50 steps that follow are, in standard deviations.
+"""
 CURVES = """\
 Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
 """
@@ -99,6 +104,9 @@ def read_folder(folder: Path) -> Run:
         about |= {"dataset": without_folder(args["dataset"]), "variant": (name and name[1]) or ""}
         about |= {what: args[what] for what in ("seed", "num_updates", "score_evals")}
         memory = json.loads(resources.read_text())["peak_memory_gb"] if resources.exists() else None
+        if (displaced := folder / "displaced.csv").exists():
+            rows = read_rows(displaced.read_text().splitlines())
+            about["displaced"] = {name: [float(f"{v:.6g}") for v in rows[name]] for name in DISPLACED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no readable run ({error!r}): remove it, or run it again") from None
     data = load_data(args["dataset"], args.get("env_id") or None, args.get("successors") == "classic")
@@ -295,6 +303,31 @@ def draw_curves(path: Path, cells: list[Cell], colors: dict[str, tuple]) -> None
     finish(figure, path)
 
 
+def draw_scores(path: Path, cells: list[Cell]) -> None:
+    """A row per method, the best on top: a dot per seed and a bar at their mean."""
+    key, label = ("score", "normalised score") if cells[0].runs[0].about["ref_scores"] else ("return", "return")
+    cells = sorted(cells, key=lambda cell: cell.facts[key].mean())
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.27 * len(cells)), layout="constrained")
+    for y, cell in enumerate(cells):
+        values, color = cell.facts[key], "tab:blue" if has_model(cell.algo) else "tab:orange"
+        name = "a model of the world" if has_model(cell.algo) else "no model"
+        axis.plot(values, np.full(len(values), y), "o", color=color, alpha=0.5, markeredgewidth=0, label=name)
+        axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=color, linewidth=2)
+    if np.isfinite(data := cells[0].facts[f"data_{key}"].mean()):
+        axis.axvline(data, color="black", linestyle="--", label="the data's mean")
+    axis.set_yticks(range(len(cells)), [f"{cell.method} ({len(cell.runs)})" for cell in cells])
+    axis.set_xlabel(label)
+    figure.suptitle(f"{cells[0].dataset}: seeds (their number) and their mean", fontsize="medium")
+    axis.grid(axis="x", alpha=0.3)
+    finish(figure, path)
+
+
+@cache
+def has_model(algo: str) -> bool:
+    """Whether the script fits an ensemble."""
+    return "dynamics" in importlib.import_module(f"algos.{algo}").Args.__dataclass_fields__
+
+
 def draw_profiles(path: Path, groups: list, colors: dict[str, tuple]) -> None:
     figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), layout="constrained", squeeze=False)
     everything = np.concatenate([s for _, methods in groups for scores in methods.values() for s in scores])
@@ -342,6 +375,22 @@ def score_table(cells: list[Cell]) -> str:
     return table("dataset, method, seeds, updates, score, return, best, data, minutes, updates/s, GB", rows)
 
 
+def displacement_table(cells: list[Cell]) -> str:
+    """Mean over the seeds that were displaced; empty where none was."""
+    rows = []
+    for cell in cells:
+        measured = [run.about["displaced"] for run in cell.runs if "displaced" in run.about]
+        if measured:
+            # (num_seeds, number of forced actions)
+            columns = {name: np.array([one[name] for one in measured], dtype=float) for name in DISPLACED}
+            row = [cell.dataset, cell.method, len(measured)]
+            row.append(number(columns["episodes"][:, 0].mean()))
+            row += map(number, columns["return_mean"].mean(axis=0))
+            rows.append(row + [number(value, 2) for value in columns["distance"].mean(axis=0)])
+    names = [f"{what} {num}" for what in ("return", "distance") for num in (0, 5, 10, 15)]
+    return table(f"dataset, method, seeds, episodes, {', '.join(names)}", rows) if rows else ""
+
+
 def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
     def first_better(scores: list[np.ndarray]) -> np.ndarray:
         return improvement(scores[: len(names)], scores[len(names) :])
@@ -376,15 +425,24 @@ def published_tables() -> str:
     return "\n\n".join(f"{title}\n\n{table('dataset, score, note', lines)}" for title, lines in tables.items())
 
 
-def report(cells: list[Cell], groups: list, curves: dict[str, str]) -> str:
+def report(cells: list[Cell], groups: list, figures: dict[str, str]) -> str:
     profiles = "Share of runs above a score, with 95 % intervals:\n\n![Performance profiles](profile.png)"
     over_datasets = [*(overall_tables(*group) for group in groups), profiles] if groups else ["No normalised scores."]
-    images = [f"![Return on {dataset}]({name})\n" for dataset, name in curves.items()]
+    images = [f"![Return on {dataset}](curves-{name})\n" for dataset, name in figures.items()]
+    displaced = [f"## Displaced\n\n{DISPLACEMENT}\n{text}\n"] if (text := displacement_table(cells)) else []
+    dots = [f"![Scores on {dataset}](scores-{name})\n" for dataset, name in figures.items()]
     return "\n".join(
         [
             "# Scores\n\nWritten by `python benchmarks/report.py` from the csv files of the runs.\n",
-            *(LEGEND, "", score_table(cells), "\n## Over datasets\n", OVERALL, "", *over_datasets),
-            *("\n## Learning curves\n", CURVES, *images, "## How the runs were made\n", origin_table(cells)),
+            *(LEGEND, "", score_table(cells), "", *dots, "## Over datasets\n", OVERALL, "", *over_datasets),
+            *(
+                "\n## Learning curves\n",
+                CURVES,
+                *images,
+                *displaced,
+                "## How the runs were made\n",
+                origin_table(cells),
+            ),
             "\n## Published scores\n\nOther data, other environments, other protocols: no column of the table above.\n",
             published_tables() + "\n",
         ]
@@ -429,15 +487,19 @@ def main(args: Args) -> None:
         import_runs(args)
     cells = read_cells(args.out)
     groups = comparable(cells)
-    colors = {m: plt.get_cmap("tab10")(i % 10) for i, m in enumerate(sorted({cell.method for cell in cells}))}
+    colors = {m: plt.get_cmap("tab20")(i % 20) for i, m in enumerate(sorted({cell.method for cell in cells}))}
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    curves = {cell.dataset: f"curves-{cell.dataset.replace('/', '-')}.png" for cell in cells}
-    for dataset, name in curves.items():
-        draw_curves(args.out_dir / name, [cell for cell in cells if cell.dataset == dataset], colors)
+    figures = {cell.dataset: f"{cell.dataset.replace('/', '-')}.png" for cell in cells}
+    for dataset, name in figures.items():
+        here = [cell for cell in cells if cell.dataset == dataset]
+        # more than ten lines cannot be told apart: those with a setting changed go first
+        here = [cell for cell in here if len(here) <= 10 or not cell.variant]
+        draw_scores(args.out_dir / f"scores-{name}", here)
+        draw_curves(args.out_dir / f"curves-{name}", here, colors)
     if groups:
         draw_profiles(args.out_dir / "profile.png", groups, colors)
     (args.out_dir / "report.csv").write_text(report_csv(cells))
-    (args.out_dir / "report.md").write_text(report(cells, groups, curves))
+    (args.out_dir / "report.md").write_text(report(cells, groups, figures))
     if readme := args.readme or (ROOT / "README.md" if args == Args() else None):
         replace_table(readme, readme_table(cells))
     print(f"{score_table(cells)}\n\n{args.out_dir / 'report.md'}")

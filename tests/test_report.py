@@ -99,6 +99,21 @@ def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp
     assert rest == [columns, "10,60,6,1,0.5,0.333333", "20,120,7,2.12346,1.06173,0.333333"]
 
 
+def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
+    for seed, returns in enumerate([(100, 90, 80, 70), (200, 90, 60, 30)]):
+        folder = make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed)
+        rows = [f"{num},{value},0.5,{2 * seed + 1},{num / 10}" for num, value in zip((0, 5, 10, 15), returns)]
+        (folder / "displaced.csv").write_text(
+            "forced_actions,return_mean,return_std,episodes,distance\n" + "\n".join(rows)
+        )
+    make_run(tmp_path / "g" / "2", [1, 2], seed=2)
+    make_run(tmp_path / "g" / "3", [1, 2], dataset="b/v0")
+    call(tmp_path, tmp_path / "g")
+    text = (tmp_path / "out" / "report.md").read_text().split("## Displaced")[1].split("##")[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert rows == ["| a/v0 | mopo | 2 | 2.0 | 150.0 | 90.0 | 70.0 | 50.0 | 0.00 | 0.50 | 1.00 | 1.50 |"]
+
+
 @pytest.mark.parametrize("name", ["a-v0__mopo__3__20261124-002445-038924", "a-v0__mopo__3", "mine"])
 def test_a_name_that_no_grid_gave_tells_no_variant(name, tmp_path):
     assert list(call(tmp_path, make_run(tmp_path / name, [1, 2], seed=3))) == [("a/v0", "")]
@@ -203,7 +218,7 @@ def test_the_same_runs_give_the_same_files(tmp_path):
     for _ in range(2):
         call(tmp_path, tmp_path / "g")
         outputs.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
-    assert outputs[0] == outputs[1] and len(outputs[0]) == 4
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 5
 
 
 def test_bad_input_is_said_in_one_sentence(tmp_path):
