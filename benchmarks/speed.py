@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algos import combo, cql, iql, mopo, td3_bc  # noqa: E402
+from algos import bc, combo, cql, iql, mopo, onestep, sac_bc, td3_bc  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
@@ -42,6 +42,7 @@ class Args:
     num_starts: int = 50_000  # start states of a rollout of 5 steps
     peer: Path | None = None  # folder of a checkout of OfflineRL-Kit
     matmul_precision: str = "highest"  # of ours: highest, high or medium
+    only: str = ""  # part of a row's name: those alone, and no file is written
 
 
 def random_rows(seed: int = 0) -> torch.Tensor:
@@ -94,11 +95,13 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
     rows, dynamics = random_rows(), Dynamics(OBS_DIM, ACTION_DIM)
     buffer = mopo.ModelBuffer(NUM_ROWS, rows.shape[1], CPU)
     buffer.add(rows)
-    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in (combo, cql, td3_bc, iql)}
+    modules = (combo, cql, td3_bc, iql, bc, sac_bc, onestep)
+    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in modules}
+    behaviour = sac_bc.Actor(OBS_DIM, ACTION_DIM).requires_grad_(False)
 
     def compiled_update(module: types.ModuleType, *flags: bool) -> Callable:
-        settings, agent = module.Args(), agents[module]
-        function = lambda *inputs: module.update(agent, *inputs, *flags, settings)  # noqa: E731
+        settings, nets = module.Args(), (agents[module], behaviour)[: 1 + (module in (sac_bc, onestep))]
+        function = lambda *inputs: module.update(*nets, *inputs, *flags, settings)  # noqa: E731
         return module.compiled(function, settings, CPU)
 
     conservative = {module: compiled_update(module) for module in (combo, cql)}
@@ -123,6 +126,27 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
             iql_step(iql.sample_batch(rows, iql.Args()))
         return NUM_UPDATES
 
+    bc_step, sac_bc_step = compiled_update(bc), compiled_update(sac_bc)
+    onestep_steps = [compiled_update(onestep, improve) for improve in (False, True)]
+    pairs = torch.cat([rows, rows[:, OBS_DIM : OBS_DIM + ACTION_DIM].roll(-1, dims=0)], dim=1)  # with the next action
+
+    def bc_updates() -> int:
+        for _ in range(NUM_UPDATES):
+            bc_step(bc.sample_batch(rows, bc.Args()))
+        return NUM_UPDATES
+
+    def sac_bc_updates() -> int:
+        for _ in range(NUM_UPDATES):
+            sac_bc_step(sac_bc.sample_batch(rows, sac_bc.Args()), torch.randn(2, BATCH_SIZE, ACTION_DIM))
+        return NUM_UPDATES
+
+    def onestep_updates() -> int:
+        settings = onestep.Args()
+        for i in range(NUM_UPDATES):
+            noise = torch.randn(settings.num_samples, BATCH_SIZE, ACTION_DIM)
+            onestep_steps[i >= NUM_UPDATES * (1 - settings.policy_share)](onestep.sample_batch(pairs, settings), noise)
+        return NUM_UPDATES
+
     def rollout() -> int:
         starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
         never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
@@ -134,6 +158,9 @@ def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
         "CQL: update": partial(conservative_updates, cql),
         "TD3+BC: update": td3_bc_updates,
         "IQL: update": iql_updates,
+        "BC: update": bc_updates,
+        "SAC+BC: update": sac_bc_updates,
+        "one-step: update": onestep_updates,
     }
 
 
@@ -205,7 +232,7 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.modules import Actor, ActorProb, Critic, DiagGaussian, EnsembleDynamicsModel, TanhDiagGaussian
     from offlinerlkit.nets import MLP
-    from offlinerlkit.policy import COMBOPolicy, CQLPolicy, IQLPolicy, MOPOPolicy, TD3BCPolicy
+    from offlinerlkit.policy import BCPolicy, COMBOPolicy, CQLPolicy, IQLPolicy, MOPOPolicy, TD3BCPolicy
     from offlinerlkit.utils.noise import GaussianNoise
     from offlinerlkit.utils.scaler import StandardScaler
 
@@ -247,7 +274,9 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
     value = Critic(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), "cpu")
     optims = [*critics[2:], torch.optim.Adam(value.parameters(), lr=3e-4)]
     iql_policy = IQLPolicy(actor, *critics[:2], value, *optims, action_space=space, expectile=0.7, temperature=3.0)
-    for other in (iql_policy, combo_policy, cql_policy, td3_bc_policy):
+    bc_nets = networks(Actor(MLP(input_dim=OBS_DIM, hidden_dims=[256, 256]), ACTION_DIM, device="cpu"), [256])
+    bc_policy = BCPolicy(bc_nets[0], bc_nets[3])
+    for other in (bc_policy, iql_policy, combo_policy, cql_policy, td3_bc_policy):
         other.train()
     dtypes = {"obs_dtype": np.float32, "action_dtype": np.float32, "device": "cpu"}
     sizes = {"obs_shape": (OBS_DIM,), "action_dim": ACTION_DIM} | dtypes
@@ -297,6 +326,7 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
         "CQL: update": partial(model_free_updates, cql_policy, NUM_SLOW_UPDATES),
         "TD3+BC: update": partial(model_free_updates, td3_bc_policy, NUM_UPDATES),
         "IQL: update": partial(model_free_updates, iql_policy, NUM_UPDATES),
+        "BC: update": partial(model_free_updates, bc_policy, NUM_UPDATES),
     }
 
 
@@ -328,7 +358,7 @@ def main(args: Args) -> None:
         if "rollout transition" in parts:
             parts["epoch"] = partial(epoch, dict(parts))
     seconds: dict[str, dict[str, list[float]]] = {}
-    for work in contestants["ours"]:
+    for work in [work for work in contestants["ours"] if args.only in work]:
         takers = {name: parts[work] for name, parts in contestants.items() if work in parts}
         if work == "rollout transition" or work == "epoch":
             takers.pop("ours, --no-compile")  # rollouts are never compiled
@@ -353,6 +383,8 @@ def main(args: Args) -> None:
             for name in list(contestants)[1:]
         ]
         print(f"| {work} | " + " | ".join(rates + ratios) + " |")
+    if args.only:
+        return
     about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
     about |= {"threads": args.num_threads, "matmul_precision": args.matmul_precision, "seconds": seconds}
     precision = "" if args.matmul_precision == "highest" else f"-{args.matmul_precision}"
