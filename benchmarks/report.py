@@ -32,6 +32,7 @@ from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E40
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
+MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
 DISPLACED = ("forced_actions", "return_mean", "episodes", "distance")
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
@@ -397,10 +398,13 @@ def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]])
 
     rows = [[m, " + ".join(str(len(s)) for s in scores), scores] for m, scores in methods.items()]
     rows = [[method, num_runs, with_interval(interquartile_mean, scores, 1)] for method, num_runs, scores in rows]
+    text = f"### {', '.join(names)}\n\n{table('method, runs, IQM', rows)}\n"
+    if len(methods) > MOST_PAIRED:
+        matrix = [[a, *(number(float(first_better(methods[a] + methods[b])), 2) for b in methods)] for a in methods]
+        return f"{text}\nP(method of the row > method of the column):\n\n{table(', '.join(['', *methods]), matrix)}\n"
     pairs = [
         [a, b, with_interval(first_better, methods[a] + methods[b], 2)] for a, b in itertools.combinations(methods, 2)
     ]
-    text = f"### {', '.join(names)}\n\n{table('method, runs, IQM', rows)}\n"
     return text + (f"\n{table('A, B, P(A > B)', pairs)}\n" if pairs else "")
 
 

@@ -99,6 +99,19 @@ def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp
     assert rest == [columns, "10,60,6,1,0.5,0.333333", "20,120,7,2.12346,1.06173,0.333333"]
 
 
+def test_of_many_methods_the_pairs_stand_in_a_matrix(tmp_path):
+    for i in range(7):  # the score of the i-th is i on average, its seeds 3 apart
+        for seed in range(2):
+            folder = tmp_path / "g" / f"a-v0__mopo__tau=0.{i}__{seed}"
+            make_run(folder, [2 * i + 6 * seed - 3] * 2, seed=seed)
+    call(tmp_path, tmp_path / "g")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "P(A > B) |" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| mopo tau=0.2 |")]
+    # 0.5 and 3.5 against i - 1.5 and i + 1.5; of the four pairs with i = 5 one is a tie
+    assert "| mopo tau=0.2 | 0.75 | 0.75 | 0.50 | 0.25 | 0.25 | 0.12 | 0.00 |" in rows
+
+
 def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
     for seed, returns in enumerate([(100, 90, 80, 70), (200, 90, 60, 30)]):
         folder = make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed)
