@@ -670,7 +670,7 @@ def main(args: Args, notes: list[str]) -> None:
 
     # training
     for i in range(first + 1, args.num_updates + 1):
-        if args.actor_lr_schedule == "cosine":  # [3]
+        if args.actor_lr_schedule == "cosine":  # [5]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
         noise = torch.randn(2, args.batch_size, action_dim, device=device)
         proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=device)

@@ -118,6 +118,7 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "bc": {"actor_loss"},
         "sac_bc": {"critic_loss", "actor_loss", "q", "alpha", "kl"},
         "osr": {"critic_loss", "actor_loss", "q", "alpha", "kl", "conservative_gap"},
+        "osr_v": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
         "sdc": {"critic_loss", "actor_loss", "q", "alpha", "mmd", "kappa", "conservative_gap"},
         "onestep": {"critic_loss", "actor_loss", "q", "kl"},
         "iql": {"critic_loss", "actor_loss", "value_loss", "q", "v", "log_prob", "weight"},

@@ -1,0 +1,674 @@
+"""OSR-v: Recovering from Out-of-sample States via Inverse Dynamics, by the value (openreview.net/forum?id=4gLWjSaw4o)
+
+osr.py tells the policy which action leads from a perturbed state s^ back to the logged successor s'. The paper's other
+form tells the critic: at s^ it lowers Q where the policy may act and raises it where the inverse dynamics model I acts,
+
+    w * mean ( log sum_a exp Q(s^,a) - Q(s^,a_I) ),   a_I ~ I(.|s^,s')        conservative_gap(), recovering()
+
+and the policy, plain SAC, finds the way back by itself. With s for s^ and logged actions for a_I this is CQL.
+No code of this form was released. Choices: [1] I is osr.py's, fitted by the likelihood of logged actions; [2] its
+deviation has a head of its own; [3] beta is in standard deviations, and I reads s and s' - s standardised. [4] Q is
+lowered as in CQL(H), by a log-sum-exp over sampled actions: a mean over the policy's (--lowered policy-mean) leaves all
+others free. [5] The actor's learning rate falls along a cosine and alpha stays below 1. [6] The Bellman error is that
+of logged rows alone.
+Run: python algos/osr_v.py
+     python algos/osr_v.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
+"""
+
+import copy
+import csv
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
+from common.dynamics import save  # noqa: E402
+from common.pretrain import load_or_train  # noqa: E402
+
+ALGO = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    # --- Run ---
+    dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
+    env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    successors: Literal["true", "classic"] = "true"  # classic: d4rl.qlearning_dataset's, wrong where episodes end
+    seed: int = 0  # of every random number
+    num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
+    batch_size: int = 256  # rows in a gradient step
+    eval_interval: int = 5_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes in an evaluation, deterministic actions
+    score_evals: int = 10  # the score of a run is the mean of its last so many evaluations
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
+    num_threads: int = 0  # CPU threads, 0: all cores, at most 4
+    compile: bool = True  # the whole update as one graph; without, the same lines run eagerly
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
+    run_dir: str = "runs"  # where run folders are made
+    checkpoint_interval: int = 50_000  # updates between checkpoints
+    resume: str = ""  # folder of a run to go on with; its settings hold where no flag is given
+    run_name: str = ""  # by default dataset__algo__seed__time
+    capture_video: bool = False  # film one episode of the final policy
+    displace: bool = False  # measure what forced random actions half-way through an episode cost
+    # --- SAC ---
+    hidden_layers: int = 2  # of 256 units, in actor and critics
+    gamma: float = 0.99  # discount per environment step
+    tau: float = 0.005  # Polyak step of the target critic
+    actor_lr: float = 1e-4  # [CQL code]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [5]
+    critic_lr: float = 3e-4  # [CQL code]
+    alpha_lr: float = 1e-4  # [CQL code]
+    max_alpha: float = 1.0  # upper bound of the temperature [5]; inf: none
+    target_entropy: float | None = None  # by default -action_dim
+    # --- The method ---
+    noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
+    conservative_coef: float = 5.0  # w, of the term at perturbed states [CQL's, in the OSR code]; 0 is SAC
+    lowered: Literal["soft-max", "policy-mean"] = "soft-max"  # Q of all sampled actions, or of the policy's alone [4]
+    num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
+    latent_dim: int = 32  # of the inverse model [OSR code]
+    latent_coef: float = 0.5  # weight of its latent variable's KL [OSR code]
+    inverse_loss: Literal["likelihood", "squared"] = "likelihood"  # of logged actions, or of samples' errors [1]
+    std_head: Literal["own", "shared"] = "own"  # of the inverse model; shared: a function of its mean [2]
+    inverse_updates: int = 50_000  # of the inverse model [OSR code: 7,800]
+    inverse_lr: float = 1e-4  # of its fit [OSR code]
+
+
+TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
+    "pendulum/random-v0": dict(
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4, alpha_lr=3e-4,
+        conservative_coef=0.1, num_samples=2, inverse_updates=5_000, inverse_lr=1e-3,
+    ),
+}  # fmt: skip
+
+
+# --- Networks ---
+class Linears(nn.Module):
+    """`num` linear layers side by side: (num, batch, in_dim) -> (num, batch, out_dim)."""
+
+    def __init__(self, num: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_dim)
+        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num, 1, out_dim).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight) + self.bias
+
+
+class Critic(nn.Module):
+    """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+        super().__init__()
+        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+        super().__init__()
+        sizes = [obs_dim] + [hidden] * hidden_layers
+        layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+
+    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        log_std = log_std.clamp(-5, 2)
+        x = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det_tanh = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2), stable for large |x|
+        return torch.tanh(x), (log_normal - log_det_tanh).sum(dim=-1)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """The deterministic policy: (batch, obs_dim) -> (batch, action_dim)"""
+        return torch.tanh(self.net(obs).chunk(2, dim=-1)[0])
+
+
+class InverseModel(nn.Module):
+    """I(a|s,s'): a normal before tanh, given a latent variable z that an encoder draws from (s,s')."""
+
+    def __init__(self, obs: Tensor, next_obs: Tensor, action_dim: int, latent_dim: int, shared_std: bool):
+        """obs, next_obs: the data's, (num_rows, obs_dim), for the scales."""
+        super().__init__()
+        obs_dim, self.latent_dim, self.shared_std = obs.shape[1], latent_dim, shared_std
+        for name, x in (("obs", obs), ("delta", next_obs - obs)):
+            std, mean = torch.std_mean(x, dim=0)
+            self.register_buffer(f"{name}_mean", mean)
+            self.register_buffer(f"{name}_std", torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
+
+        def mlp(in_dim: int, hidden_layers: int, out_dim: int) -> nn.Sequential:
+            sizes = [in_dim] + [256] * hidden_layers
+            layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+            return nn.Sequential(*layers, nn.Linear(256, out_dim))
+
+        self.encoder = mlp(2 * obs_dim, 3, 2 * latent_dim)
+        self.decoder = mlp(2 * obs_dim + latent_dim, 2, 2 * action_dim)
+
+    def forward(self, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(batch, obs_dim) twice, (batch, latent_dim) -> mean, log_std of a, mean, log_std of z: (batch, ...) each"""
+        delta = (next_obs - obs - self.delta_mean) / self.delta_std
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, delta], dim=-1)  # [3]
+        latent_mean, latent_log_std = self.encoder(x).chunk(2, dim=-1)
+        latent_log_std = latent_log_std.clamp(-5, 2)
+        latent = latent_mean + latent_log_std.exp() * noise
+        mean, log_std = self.decoder(torch.cat([x, latent], dim=-1)).chunk(2, dim=-1)
+        log_std = (mean if self.shared_std else log_std) - 1  # [2]
+        return mean, log_std.clamp(-5, 2), latent_mean, latent_log_std
+
+
+class Adam(nn.Module):
+    """Kingma & Ba 2015, written out: the step of torch.optim would cut the update's graph in two."""
+
+    def __init__(self, params: list[Tensor], lr: float):
+        super().__init__()
+        self.params = params
+        # parameters without gradient, so that they are saved and moved with the rest
+        self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
+        self.requires_grad_(False)
+        self.register_buffer("lr", torch.tensor(lr))
+        self.register_buffer("step", torch.tensor(0.0))
+
+    def minimize(self, loss: Tensor) -> None:
+        grads = torch.autograd.grad(loss, self.params)
+        with torch.no_grad():
+            self.step += 1
+            c1, c2 = 1 - 0.9**self.step, 1 - 0.999**self.step
+            for p, g, m, v in zip(self.params, grads, self.mean, self.square, strict=True):
+                m.lerp_(g, 0.1)
+                v.lerp_(g.square(), 0.001)
+                p.sub_(self.lr * (m / c1) / ((v / c2).sqrt() + 1e-8))
+
+
+class Agent(nn.Module):
+    """Everything that training changes: networks, temperature and optimizers. Its state_dict makes a checkpoint."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
+        self.critic_opt = Adam(list(self.critic.parameters()), args.critic_lr)
+        self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
+        self.register_buffer("obs_std", torch.ones(obs_dim))  # of the data, the unit of the perturbation
+
+
+# --- The method ---
+#     KL( N_1 || N_2 ) = log(sigma_2 / sigma_1) + [ sigma_1^2 + (mu_1 - mu_2)^2 ] / (2 sigma_2^2) - 1/2
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
+    """Per dimension, the shape of the arguments. A tanh of both variables does not change it."""
+    variance, other_variance = (2 * log_std).exp(), (2 * other_log_std).exp()
+    return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
+
+
+#     L_I = - mean log I(a|s,s',z) + 0.5 mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi                  [1]
+def inverse_loss(inverse: InverseModel, obs, next_obs, action, noise, latent_coef: float, kind: str) -> Tensor:
+    """noise: (batch, latent_dim + action_dim), of z and, for the squared error, of the sampled action."""
+    latent_noise, action_noise = noise.split([inverse.latent_dim, action.shape[-1]], dim=-1)
+    mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, latent_noise)
+    if kind == "likelihood":
+        x = action.clamp(-0.999, 0.999).atanh()  # at the bounds themselves it would be infinite
+        error = (0.5 * ((x - mean) / log_std.exp()).square() + log_std).mean()  # and a constant
+    else:
+        error = (torch.tanh(mean + log_std.exp() * action_noise) - action).square().mean()
+    zero = torch.zeros_like(latent_mean)
+    return error + latent_coef * gaussian_kl(latent_mean, latent_log_std, zero, zero).mean()
+
+
+#     s^ = s + beta std(s) eps,   eps ~ N(0, 1)                                        [3]
+def perturb(obs: Tensor, obs_std: Tensor, noise: Tensor, noise_scale: float) -> Tensor:
+    return obs + noise_scale * obs_std * noise
+
+
+#     a_I = tanh( mu_I + sigma_I xi ),   of I(.|s^,s')
+@torch.no_grad()
+def recovering(inverse: InverseModel, obs: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
+    """noise (batch, latent_dim + action_dim), of z and a. Returns actions (batch, action_dim)."""
+    latent_noise, action_noise = noise[:, : inverse.latent_dim], noise[:, inverse.latent_dim :]
+    mean, log_std, *_ = inverse(obs, next_obs, latent_noise)
+    return torch.tanh(mean + log_std.exp() * action_noise)
+
+
+#     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s), K of pi(.|s'), all of them actions at s
+@torch.no_grad()
+def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """noise (3, K, batch, action_dim): uniform in [-1, 1], normal, normal. Returns the a_k and log q (3, K, batch)."""
+    log_uniform = torch.full_like(noise[0, ..., 0], -noise.shape[-1] * math.log(2))
+    (action, log_prob), (next_action, next_log_prob) = actor(obs, noise[1]), actor(next_obs, noise[2])
+    return torch.stack([noise[0], action, next_action]), torch.stack([log_uniform, log_prob, next_log_prob])
+
+
+#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }
+def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse: str) -> Tensor:
+    """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_real). Returns a scalar."""
+    assert q_samples.shape[1:] == log_density.shape
+    soft_max = (q_samples - log_density).logsumexp(dim=(1, 2) if lse == "all" else 1)  # (2, rows) or (2, K, rows)
+    return soft_max.flatten(1).mean(dim=1).sum() - q_data.mean(dim=1).sum()
+
+
+# --- Losses: SAC ---
+#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')
+#     L_Q = sum_j mean (Q_j(s,a) - y)^2                                                [6]
+#           + w R at s^, of a_I in place of a
+def critic_loss(critic, target_critic, actor, batch, noise, gamma, perturbed, a_i, samples, log_density, coef, lowered):
+    """perturbed: s^; a_i: (batch, action_dim); samples, log_density: `proposals` at s^. Not read where coef is 0."""
+    obs, action, reward, next_obs, terminal = batch
+    with torch.no_grad():
+        next_action, _ = actor(next_obs, noise)
+        next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
+        target_q = reward + gamma * (1 - terminal) * next_q
+    if not coef:
+        q = critic(obs, action)
+        info = {"q": q.mean().detach(), "conservative_gap": torch.zeros_like(target_q[0])}
+        return (q - target_q).square().mean(dim=1).sum(), info
+    states = perturbed.expand(*samples.shape[:3], -1)  # s^, also for the actions of pi(.|s')
+    everywhere = torch.cat([obs, perturbed, states.flatten(0, 2)])
+    q = critic(everywhere, torch.cat([action, a_i, samples.flatten(0, 2)]))
+    q, q_recovering, q_samples = q.split([len(obs), len(obs), log_density.numel()], dim=1)
+    q_samples = q_samples.unflatten(1, log_density.shape)  # (2, 3, K, batch)
+    assert target_q.shape == q.shape[1:]
+    if lowered == "soft-max":
+        gap = conservative_gap(q_samples, log_density, q_recovering, "all")
+    else:
+        gap = (q_samples[:, 1].mean(dim=(1, 2)) - q_recovering.mean(dim=1)).sum()  # [4]
+    info = {"q": q.mean().detach(), "conservative_gap": gap.detach()}
+    return (q - target_q).square().mean(dim=1).sum() + coef * gap, info
+
+
+#     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
+def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
+    action, log_prob = actor(obs, noise)
+    q = critic(obs, action).amin(dim=0)  # (batch,)
+    return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
+
+
+#     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
+def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
+    return -log_alpha * (log_prob + target_entropy), {}
+
+
+# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
+def update(agent: Agent, inverse: InverseModel, rows, noise, proposal_noise, obs_noise, inverse_noise, args: Args):
+    """obs_noise (batch, obs_dim), inverse_noise (batch, latent_dim + action_dim), normal."""
+    action_dim = noise.shape[-1]
+    obs_dim = (rows.shape[1] - action_dim - 2) // 2
+    obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
+    batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
+    alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
+    # critic
+    perturbed = perturb(obs, agent.obs_std, obs_noise, args.noise_scale)
+    a_i = recovering(inverse, perturbed, next_obs, inverse_noise)
+    method = perturbed, a_i, *proposals(agent.actor, perturbed, next_obs, proposal_noise)
+    nets = agent.critic, agent.target_critic, agent.actor
+    loss_q, info_q = critic_loss(*nets, batch, noise[0], args.gamma, *method, args.conservative_coef, args.lowered)
+    agent.critic_opt.minimize(loss_q)
+    # actor
+    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    agent.actor_opt.minimize(loss_pi)
+    # temperature
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
+    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    # target critic
+    with torch.no_grad():
+        for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
+            target.lerp_(param, args.tau)
+    return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha, **info_q, **info_pi}
+
+
+# --- Batches ---
+def flat_rows(data: OfflineDataset) -> Tensor:
+    """One row per transition (num_rows, 2 obs_dim + action_dim + 2): a batch is then a single index_select."""
+    return torch.cat([data.obs, data.action, data.reward[:, None], data.next_obs, data.terminal[:, None]], dim=-1)
+
+
+def sample_batch(real_rows: Tensor, args: Args) -> Tensor:
+    """batch_size flat rows."""
+    return real_rows.index_select(0, torch.randint(len(real_rows), (args.batch_size,), device=real_rows.device))
+
+
+# --- Pre-training ---
+def inverse_model(data: OfflineDataset, args: Args) -> InverseModel:
+    """I(a|s,s'), fitted on rows whose successor is known."""
+    rows, (obs_dim, action_dim) = flat_rows(data)[data.successor_known], (data.obs.shape[1], data.action.shape[1])
+
+    def loss(net: InverseModel, rows: Tensor, noise: Tensor) -> Tensor:
+        obs, action, _, next_obs, _ = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
+        return inverse_loss(net, obs, next_obs, action, noise, args.latent_coef, args.inverse_loss)
+
+    settings = {name: getattr(args, name) for name in ("latent_dim", "latent_coef", "inverse_loss", "std_head")}
+    scales = rows[:, :obs_dim], rows[:, obs_dim + action_dim + 1 : -1]
+    return load_or_train(
+        "inverse model",
+        lambda: InverseModel(*scales, action_dim, args.latent_dim, args.std_head == "shared"),
+        loss, rows, args.latent_dim + action_dim, data, args.seed, args.inverse_updates, args.inverse_lr,
+        settings, lambda function: compiled(function, args, data.obs.device),
+    )  # fmt: skip
+
+
+# --- Evaluation ---
+def make_envs(data: OfflineDataset, num_envs: int) -> gym.vector.VectorEnv | None:
+    """The environments to evaluate in; None, and a line that says so, where the data name none."""
+    if data.env_spec is None:
+        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
+        return None
+    try:
+        return gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * num_envs)
+    except Exception as error:  # what a package that is missing or too old raises
+        raise InputError(f"cannot make {data.env_spec.id} ({error}): install its package, or give --env-id") from None
+
+
+@torch.no_grad()
+def evaluate(actor, envs, data: OfflineDataset, seed: list[int], forced: range = range(0), after=None) -> np.ndarray:
+    """Undiscounted returns (num_envs,) of the deterministic policy, one episode per environment.
+
+    The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
+    nothing else. At the steps in `forced` actions are uniformly random; the list `after` receives the observations
+    (num_running, obs_dim) of the 50 steps that follow.
+    """
+    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
+    returns, running, rng = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), np.random.default_rng(seed)
+    for step in itertools.count():
+        if after is not None and step in range(forced.stop, forced.stop + 50):
+            after.append(obs[running])
+        action = actor.act(torch.as_tensor(obs, dtype=torch.float32, device=data.obs.device)).cpu().numpy()
+        action = rng.uniform(-1, 1, action.shape) if step in forced else action
+        obs, reward, terminated, truncated, _ = envs.step(data.to_env_action(action))
+        returns += reward * running
+        running &= ~(terminated | truncated)
+        if not running.any():
+            return returns
+
+
+def displace(run: Path, actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, args: Args) -> None:
+    """displaced.csv: the final policy's return after 0, 5, 10 and 15 forced actions, half-way to the time limit.
+
+    The test of recovery by Zhang et al. 2022 and Jiang et al. 2023. distance: from the observations of the 50 steps
+    that follow to the nearest of at most 50,000 logged ones, in standard deviations; nan where no episode got there.
+    """
+    middle, rows = (data.env_spec.max_episode_steps or 1_000) // 2, []
+    std = data.obs.std(dim=0).clamp(min=1e-6)
+    logged = data.obs[:: math.ceil(len(data.obs) / 50_000)] / std
+    for num in (0, 5, 10, 15):
+        returns = evaluate(actor, envs, data, [args.seed, args.num_updates], range(middle, middle + num), after := [])
+        visited = torch.as_tensor(np.concatenate(after or [np.empty((0, len(std)))]), dtype=torch.float32)
+        distance = torch.cdist(visited.to(std.device) / std, logged).amin(dim=1).mean().item()
+        row = {"forced_actions": num, "return_mean": returns.mean(), "return_std": returns.std()}
+        rows.append(row | {"episodes": len(after[0]) if after else 0, "distance": distance})
+        print(f"displaced   by {num:>2} actions: return {returns.mean():8.1f}, distance to the data {distance:.3f}")
+    write_csv(run / "displaced.csv", rows)
+
+
+def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
+    """One episode as a gif."""
+    try:
+        env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
+        evaluate(actor, gym.vector.SyncVectorEnv([lambda: env]), data, [0])
+        imageio.mimsave(path, env.render()[::2], duration=40, loop=0)
+    except Exception as error:  # no display, no driver: what it raises depends on the environment
+        print(f"video       none, {data.env_spec.id} cannot be rendered here ({error})")
+
+
+# --- Settings, the run's folder, checkpoints: plumbing, the same in every script ---
+def read_args() -> tuple[Args, list[str]]:
+    """Defaults, then TUNED or the resumed run's settings, then the command line; and a line on each non-default."""
+    args = tyro.cli(Args)
+    if args.resume:
+        config = Path(args.resume) / "config.json"
+        if not config.is_file():
+            raise InputError(f"no run to resume in {args.resume}: it has no config.json")
+        saved = json.loads(config.read_text())
+        if saved["algo"] != ALGO:
+            raise InputError(f"{args.resume} is a run of {saved['algo']}.py: resume it with that script")
+        base, origin = saved["args"] | {"resume": args.resume}, "the resumed run"
+    else:
+        d4rl_name = f"d4rl/{Path(args.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
+        base, origin = TUNED.get(args.dataset) or TUNED.get(d4rl_name, {}), "TUNED for this dataset"
+    args, notes = tyro.cli(Args, default=replace(Args(), **base)), []
+    for field in fields(Args):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        if field.name in ("gamma", "tau", "real_ratio", "policy_share", "top_fraction") and not 0 <= value <= 1:
+            raise InputError(f"{flag} must lie between 0 and 1, not {value}")
+        if type(value) is int and value < (least := 0 if field.name in ("seed", "num_threads") else 1):
+            raise InputError(f"{flag} must be at least {least}, not {value}")
+        if type(value) is float and field.name != "target_entropy" and not value >= 0:
+            raise InputError(f"{flag} must be 0 or more, not {value}")
+        if value != field.default:
+            notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
+    return args, notes
+
+
+def make_run_folder(args: Args) -> Path:
+    """A new folder for a new run, the old one for a resumed run."""
+    name = f"{args.dataset.strip('/').replace('/', '-')}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    run = Path(args.resume or Path(args.run_dir) / (args.run_name or name))
+    if not args.resume and (run / "config.json").exists():
+        raise InputError(f"{run} already holds a run: go on with --resume {run}, or choose another --run-name")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json.tmp").touch()
+    except OSError as error:
+        raise InputError(f"cannot write to {run} ({error.strerror}): choose another --run-dir") from None
+    return run
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: a kill leaves the old file or the new one."""
+    path.with_name(f"{path.name}.tmp").write_text(text)
+    os.replace(path.with_name(f"{path.name}.tmp"), path)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    table = csv.DictWriter(text := io.StringIO(), list(rows[-1]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
+    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'  # through the shell: nobody must have git
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "minari")}
+    config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
+    config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit}
+    config["hardware"] = f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown CPU')}, {os.cpu_count()} cores"
+    config["hardware"] += f", {torch.cuda.get_device_name()}" if data.obs.is_cuda else ""
+    config["command"] = shlex.join(["python", f"algos/{ALGO}.py", *sys.argv[1:]])
+    write_text(run / "config.json", json.dumps(config, indent=2))
+
+
+def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> None:
+    """The last row to TensorBoard, all rows to progress.csv."""
+    for name, value in history[-1].items():
+        writer.add_scalar(name, value, history[-1]["update"])
+    writer.flush()
+    write_csv(run / "progress.csv", history)
+
+
+def save_checkpoint(run: Path, agent: Agent, data: OfflineDataset, progress: dict) -> None:
+    cuda_rng = torch.cuda.get_rng_state() if data.obs.is_cuda else None
+    state = {"algo": ALGO, "data_hash": data.data_hash, "agent": agent.state_dict(), "progress": progress}
+    save(run / "checkpoint.pt", state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+
+
+def load_checkpoint(run: Path, agent: Agent, data: OfflineDataset) -> dict:
+    """Puts everything back in place, the random states too, and returns the saved progress."""
+    try:
+        state = torch.load(run / "checkpoint.pt", map_location=data.obs.device, weights_only=True)
+        if (state["algo"], state["data_hash"]) != (ALGO, data.data_hash):
+            raise InputError(f"the checkpoint in {run} was made by another script or on other data")
+        agent.load_state_dict(state["agent"])
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"the checkpoint in {run} cannot be resumed ({error}): start a new run") from None
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    return state["progress"]
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Of float32 products. "medium" on a CPU means oneDNN, on AMD twice as fast as the MKL of the other settings.
+
+    oneDNN rounds to bfloat16 only where the CPU has AMX; elsewhere it stays exact and is taken whatever the setting.
+    """
+    torch.set_float32_matmul_precision("medium")
+    third = torch.full((64, 64), 1 / 3)
+    if device.type != "cpu" or not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5):
+        torch.set_float32_matmul_precision(precision)
+
+
+def compiled(function: Callable, args: Args, device: torch.device) -> Callable:
+    """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had.
+
+    On a GPU it is a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites.
+    """
+    if not args.compile:
+        return function
+    dynamo = torch._dynamo
+    if not hasattr(dynamo.config, "trace_autograd_ops"):
+        print(f"compile     needs torch 2.13, this is {torch.__version__}: going on eagerly and slower")
+        return function
+    dynamo.config.trace_autograd_ops = True
+    mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
+
+    def call(*inputs: Tensor):
+        nonlocal graph
+        try:
+            graph = graph or torch.compile(function, fullgraph=True, mode=mode)
+            return graph(*inputs)
+        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
+            print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
+            graph = function
+            return function(*inputs)
+
+    return call
+
+
+def main(args: Args, notes: list[str]) -> None:
+    start = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
+    run = make_run_folder(args)
+    print(f"run         {run}", *notes, sep="\n")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.num_threads or min(4, os.cpu_count() or 1))
+    set_matmul_precision(args.matmul_precision, device)
+    torch.manual_seed(args.seed)
+
+    # data, environment, inverse model
+    data = load_dataset(args.dataset, device, args.env_id or None, args.successors == "classic")
+    print(data.summary())
+    real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
+    envs = make_envs(data, args.eval_episodes)
+    inverse = inverse_model(data, args)
+
+    # agent
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    agent.obs_std.copy_(data.obs.std(dim=0))
+    step = compiled(lambda *inputs: update(agent, inverse, *inputs, args), args, device)
+    progress = {"update": 0, "seconds": 0.0, "history": []}
+    if args.resume and (run / "checkpoint.pt").exists():
+        progress = load_checkpoint(run, agent, data)
+    first, history = progress["update"], progress["history"]
+    start -= progress["seconds"]
+    write_config(run, args, data)
+    writer = SummaryWriter(run, purge_step=first + 1)
+
+    # the first Ctrl-C asks for a checkpoint after the current update, the second one ends at once
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    mark = first, time.monotonic()
+    interval = 0.1 if sys.stderr.isatty() else 30
+    bar = tqdm(initial=first, total=args.num_updates, desc=ALGO, unit="update", mininterval=interval, leave=False)
+
+    # training
+    for i in range(first + 1, args.num_updates + 1):
+        if args.actor_lr_schedule == "cosine":  # [5]
+            agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
+        noise = torch.randn(2, args.batch_size, action_dim, device=device)
+        proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=device)
+        proposal_noise[0].uniform_(-1, 1)
+        obs_noise = torch.randn(args.batch_size, obs_dim, device=device)
+        inverse_noise = torch.randn(args.batch_size, args.latent_dim + action_dim, device=device)
+        info = step(sample_batch(real_rows, args), noise, proposal_noise, obs_noise, inverse_noise)
+        bar.update()
+        if i % args.eval_interval == 0 or i == args.num_updates:
+            updates_per_second = (i - mark[0]) / (time.monotonic() - mark[1])
+            returns = evaluate(agent.actor, envs, data, [args.seed, i]) if envs else np.array([math.nan])
+            row = {"update": i, "seconds": time.monotonic() - start, "updates_per_second": updates_per_second}
+            row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
+            row |= {"normalised_score": float(data.normalised_score(returns.mean()))}
+            history.append(row | {name: value.item() for name, value in info.items()})
+            write_progress(run, writer, history)
+            bar.write(
+                f"update {i:>9,}  return {returns.mean():8.1f} ± {returns.std():<6.1f}  normalised "
+                f"{row['normalised_score']:6.1f}  q {info['q']:8.1f}  gap {info['conservative_gap']:.2f}"
+            )
+            mark = i, time.monotonic()
+        if stop or i % args.checkpoint_interval == 0 or i == args.num_updates:
+            progress |= {"update": i, "seconds": time.monotonic() - start}
+            save_checkpoint(run, agent, data, progress)
+        if stop:
+            bar.close()
+            print(f"stopped     after {i:,} updates; to go on: python {sys.argv[0]} --resume {run}")
+            sys.exit(130)
+    bar.close()
+
+    # what came out
+    box = {"action_low": torch.as_tensor(data.action_low), "action_high": torch.as_tensor(data.action_high)}
+    save(run / "policy.pt", {"actor": agent.actor.state_dict(), **box, "config": (run / "config.json").read_text()})
+    if envs and history:
+        last, behaviour = history[-args.score_evals :], data.episode_returns.mean()
+        score = np.mean([row["return_mean"] for row in last])
+        last_mean, data_mean = f"mean of the last {len(last)} evaluations", "mean of the data's episodes"
+        for name, value, what in (("score", score, last_mean), ("behaviour", behaviour, data_mean)):
+            print(f"{name:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), {what}")
+    if envs and args.displace:
+        displace(run, agent.actor, envs, data, args)
+    if envs and args.capture_video:
+        film(agent.actor, data, run / "video.gif")
+    print(f"run         {run}\ncurves      tensorboard --logdir {args.run_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*read_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command starts again and reuses what is cached")
