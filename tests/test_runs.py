@@ -214,6 +214,15 @@ def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run
     assert capsys.readouterr().out.count("displaced   by") == 4
 
 
+def test_a_finished_run_is_displaced_afterwards_and_stays_what_it_was(run):
+    folder = run()
+    before, rows = torch.load(folder / "policy.pt", weights_only=True)["actor"], progress(folder)
+    run("--resume", str(folder), "--displace")
+    after = torch.load(folder / "policy.pt", weights_only=True)["actor"]
+    assert (folder / "displaced.csv").exists() and progress(folder) == rows
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_capture_video_films_the_final_policy(run):
     folder = run("--capture-video")
     assert (folder / "video.gif").read_bytes()[:3] == b"GIF"
