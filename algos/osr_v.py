@@ -1,16 +1,17 @@
-"""OSR-v: Recovering from Out-of-sample States via Inverse Dynamics, by the value (openreview.net/forum?id=4gLWjSaw4o)
+"""OSR-v: Recovering from Out-of-sample States, by values (NeurIPS 2023, openreview.net/forum?id=4gLWjSaw4o)
 
-osr.py tells the policy which action leads from a perturbed state s^ back to the logged successor s'. The paper's other
-form tells the critic: at s^ it lowers Q where the policy may act and raises it where the inverse dynamics model I acts,
+OSR's other form: osr.py keeps the policy near I, an inverse dynamics model that says at a perturbed state s^ = s + beta
+eps which action leads to the logged next state s'. Here the policy's loss is SAC's and the critic's has one more term,
 
-    w * mean ( log sum_a exp Q(s^,a) - Q(s^,a_I) ),   a_I ~ I(.|s^,s')        conservative_gap(), recovering()
+    w * mean { log sum_a exp Q(s^,a)  -  Q(s^,a_I) },   a_I ~ I(.|s^,s')        conservative_gap()
 
-and the policy, plain SAC, finds the way back by itself. With s for s^ and logged actions for a_I this is CQL.
-No code of this form was released. Choices: [1] I is osr.py's, fitted by the likelihood of logged actions; [2] its
-deviation has a head of its own; [3] beta is in standard deviations, and I reads s and s' - s standardised. [4] Q is
-lowered as in CQL(H), by a log-sum-exp over sampled actions: a mean over the policy's (--lowered policy-mean) leaves all
-others free. [5] The actor's learning rate falls along a cosine and alpha stays below 1. [6] The Bellman error is that
-of logged rows alone.
+CQL's, but at s^: it lowers Q where the policy acts there, and raises it at the actions that lead back to the data.
+No code was released. As in osr.py: [1] I is fitted by the likelihood of logged actions, [2] its mean and its deviation
+have a head each, [3] beta is in standard deviations of the observations, and I reads them standardised, the change
+s' - s too. Choices: [4] the log-sum-exp, because the critic of OSR's code has it (--lowered mean: the policy's mean).
+The term replaces that code's at the logged (s,a), with its weight: with so small a beta both would be nearly the same.
+[5] One action of I a row, as there is one logged action. [6] The actor's learning rate falls along a cosine and alpha
+stays below 1; as in cql.py the critic's target has no entropy.
 Run: python algos/osr_v.py
      python algos/osr_v.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -81,16 +82,17 @@ class Args:
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [CQL code]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [5]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [6]
     critic_lr: float = 3e-4  # [CQL code]
     alpha_lr: float = 1e-4  # [CQL code]
-    max_alpha: float = 1.0  # upper bound of the temperature [5]; inf: none
+    max_alpha: float = 1.0  # upper bound of the temperature [6]; inf: none
     target_entropy: float | None = None  # by default -action_dim
     # --- The method ---
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
-    conservative_coef: float = 5.0  # w, of the term at perturbed states [CQL's, in the OSR code]; 0 is SAC
-    lowered: Literal["soft-max", "policy-mean"] = "soft-max"  # Q of all sampled actions, or of the policy's alone [4]
+    conservative_coef: float = 5.0  # w [OSR code, of CQL's term]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
+    lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or at the policy's [4]
+    raised: Literal["inverse", "logged"] = "inverse"  # Q(s^,a) at I's actions, or for comparison at the logged ones
     latent_dim: int = 32  # of the inverse model [OSR code]
     latent_coef: float = 0.5  # weight of its latent variable's KL [OSR code]
     inverse_loss: Literal["likelihood", "squared"] = "likelihood"  # of logged actions, or of samples' errors [1]
@@ -254,11 +256,11 @@ def perturb(obs: Tensor, obs_std: Tensor, noise: Tensor, noise_scale: float) -> 
     return obs + noise_scale * obs_std * noise
 
 
-#     a_I = tanh( mu_I + sigma_I xi ),   of I(.|s^,s')
+#     a_I = tanh( mu_I + sigma_I xi ),   mu_I, sigma_I = I(s^, s', z)                  [5]
 @torch.no_grad()
-def recovering(inverse: InverseModel, obs: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
-    """noise (batch, latent_dim + action_dim), of z and a. Returns actions (batch, action_dim)."""
-    latent_noise, action_noise = noise[:, : inverse.latent_dim], noise[:, inverse.latent_dim :]
+def recovery_action(inverse: InverseModel, obs: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
+    """(batch, obs_dim) twice, noise (batch, latent_dim + action_dim), of z and of the action -> (batch, action_dim)"""
+    latent_noise, action_noise = noise.tensor_split([inverse.latent_dim], dim=-1)
     mean, log_std, *_ = inverse(obs, next_obs, latent_noise)
     return torch.tanh(mean + log_std.exp() * action_noise)
 
@@ -281,30 +283,25 @@ def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse
 
 
 # --- Losses: SAC ---
-#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')
-#     L_Q = sum_j mean (Q_j(s,a) - y)^2                                                [6]
-#           + w R at s^, of a_I in place of a
-def critic_loss(critic, target_critic, actor, batch, noise, gamma, perturbed, a_i, samples, log_density, coef, lowered):
-    """perturbed: s^; a_i: (batch, action_dim); samples, log_density: `proposals` at s^. Not read where coef is 0."""
+#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')                       [6]
+#     L_Q = sum_j mean (Q_j(s,a) - y)^2
+#           + w R,   R at s^ with a_I in place of the logged action                    [4]
+def critic_loss(critic, target_critic, actor, batch, noise, gamma, perturbed, wanted, samples, log_density, coef, kind):
+    """perturbed: s^; wanted: the actions on which Q is raised there; samples, log_density: the `proposals` there"""
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
         next_action, _ = actor(next_obs, noise)
         next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
         target_q = reward + gamma * (1 - terminal) * next_q
-    if not coef:
-        q = critic(obs, action)
-        info = {"q": q.mean().detach(), "conservative_gap": torch.zeros_like(target_q[0])}
-        return (q - target_q).square().mean(dim=1).sum(), info
     states = perturbed.expand(*samples.shape[:3], -1)  # s^, also for the actions of pi(.|s')
-    everywhere = torch.cat([obs, perturbed, states.flatten(0, 2)])
-    q = critic(everywhere, torch.cat([action, a_i, samples.flatten(0, 2)]))
-    q, q_recovering, q_samples = q.split([len(obs), len(obs), log_density.numel()], dim=1)
+    q = critic(torch.cat([obs, perturbed, states.flatten(0, 2)]), torch.cat([action, wanted, samples.flatten(0, 2)]))
+    q, q_wanted, q_samples = q.tensor_split([len(obs), 2 * len(obs)], dim=1)  # (2, batch) twice, (2, 3 K batch)
     q_samples = q_samples.unflatten(1, log_density.shape)  # (2, 3, K, batch)
     assert target_q.shape == q.shape[1:]
-    if lowered == "soft-max":
-        gap = conservative_gap(q_samples, log_density, q_recovering, "all")
+    if kind == "lse":
+        gap = conservative_gap(q_samples, log_density, q_wanted, "all")
     else:
-        gap = (q_samples[:, 1].mean(dim=(1, 2)) - q_recovering.mean(dim=1)).sum()  # [4]
+        gap = (q_samples[:, 1].mean(dim=(1, 2)) - q_wanted.mean(dim=1)).sum()  # of pi(.|s^) alone
     info = {"q": q.mean().detach(), "conservative_gap": gap.detach()}
     return (q - target_q).square().mean(dim=1).sum() + coef * gap, info
 
@@ -331,8 +328,8 @@ def update(agent: Agent, inverse: InverseModel, rows, noise, proposal_noise, obs
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
     perturbed = perturb(obs, agent.obs_std, obs_noise, args.noise_scale)
-    a_i = recovering(inverse, perturbed, next_obs, inverse_noise)
-    method = perturbed, a_i, *proposals(agent.actor, perturbed, next_obs, proposal_noise)
+    wanted = recovery_action(inverse, perturbed, next_obs, inverse_noise) if args.raised == "inverse" else action
+    method = perturbed, wanted, *proposals(agent.actor, perturbed, next_obs, proposal_noise)
     nets = agent.critic, agent.target_critic, agent.actor
     loss_q, info_q = critic_loss(*nets, batch, noise[0], args.gamma, *method, args.conservative_coef, args.lowered)
     agent.critic_opt.minimize(loss_q)
@@ -618,7 +615,7 @@ def main(args: Args, notes: list[str]) -> None:
 
     # training
     for i in range(first + 1, args.num_updates + 1):
-        if args.actor_lr_schedule == "cosine":  # [5]
+        if args.actor_lr_schedule == "cosine":  # [6]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
         noise = torch.randn(2, args.batch_size, action_dim, device=device)
         proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=device)

@@ -40,8 +40,8 @@ def extra_noise(seed: int = 3, dtype=torch.float64) -> tuple[torch.Tensor, torch
     return tuple(torch.randn(BATCH, dim, generator=generator, dtype=dtype) for dim in (OBS_DIM, LATENT))
 
 
-def osr_agent(args, dtype=torch.float64, algo=osr):
-    agent = random_agent(algo, args, dtype)
+def osr_agent(args, dtype=torch.float64):
+    agent = random_agent(osr, args, dtype)
     agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
     return agent
 
