@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 import sys
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def excepted(one: str, other: str) -> set[str]:
     return set() if kinds[0] == kinds[1] else OTHER_KIND.get(kinds[0], set()) | OTHER_KIND.get(kinds[1], set())
 
 
+@cache
 def definitions(text: str) -> dict[str, str]:
     """Name -> source of the functions, classes and assignments of a module."""
     found = {}
@@ -66,6 +68,7 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
+@cache
 def settings(text: str) -> dict[str, dict[str, str]]:
     """Name -> section, type, default and comment of the fields of Args; a source in brackets is left out."""
     found, section = {}, ""
