@@ -262,7 +262,7 @@ def policy_pairs(actor, dynamics, terminal_fn, obs, alive, obs_noise, noise, ord
 def mean_over(weight: Tensor, value: Tensor) -> Tensor:
     """Of the rows that count: both (rows,), weight 0 or 1."""
     assert weight.shape == value.shape
-    return (weight * value).sum() / weight.sum()
+    return (weight * value).sum() / weight.sum().clamp(min=1)
 
 
 #     js:            L_G = - mean_F log D,   D = sigmoid(logit)

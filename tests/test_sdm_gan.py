@@ -266,7 +266,7 @@ def test_updates_equal_those_of_a_plain_learner_that_drops_rows(gan):
         adam[name].step()
 
     for i in range(1, 7):
-        warm, improve = i <= 2, i % 2 == 0
+        warm, improve = i in (3, 4), i % 2 == 1  # the first one improves by Qbar's first value
         given = inputs(i, agent, args, torch.tensor(warm))
         info = update(agent, args, *given, improve=improve, dynamics=dynamics)
         rows, state_rows, logged, _, target_obs_noise, target_noise, value_noise, *pair_noise, uniform = given
