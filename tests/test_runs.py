@@ -29,6 +29,7 @@ TINY = {
     "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
     "num-trajectories": 4, "horizon": 10, "pessimistic-episodes": 4, "cg-iterations": 3, "clone-epochs": 1,
     "behaviour-updates": 20, "inverse-updates": 20, "transition-updates": 20, "policy-share": 0.5,
+    "warm-start-updates": 10, "real-ratio-interval": 5, "num-bootstrap": 2,
 }  # fmt: skip
 every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
 
@@ -120,6 +121,7 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
         "osr": {"critic_loss", "actor_loss", "q", "alpha", "kl", "conservative_gap"},
         "osr_v": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap"},
         "sdc": {"critic_loss", "actor_loss", "q", "alpha", "mmd", "kappa", "conservative_gap"},
+        "sdm_gan": {"critic_loss", "generator_loss", "discriminator_loss", "real_accuracy", "fake_accuracy", "q"},
         "onestep": {"critic_loss", "actor_loss", "q", "kl"},
         "iql": {"critic_loss", "actor_loss", "value_loss", "q", "v", "log_prob", "weight"},
     }

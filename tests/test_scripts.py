@@ -31,7 +31,10 @@ MAY_DIFFER = {
     "main": "with a model or without",
 }
 # scripts of another kind, and what may differ between kinds
-KINDS = {"morel_npg": "on-policy", "td3_bc": "deterministic", "bc": "deterministic", "iql": "weighted"}
+KINDS = {
+    "morel_npg": "on-policy", "td3_bc": "deterministic", "bc": "deterministic", "iql": "weighted",
+    "sdm_gan": "implicit",
+}  # fmt: skip
 OTHER_KIND = {
     # an update is an iteration over whole episodes, and the policy is a Gaussian that is not squashed
     "on-policy": {
@@ -40,9 +43,11 @@ OTHER_KIND = {
     },
     "deterministic": {"Actor"},
     "weighted": {"Actor"},  # a Gaussian that imitates: of logged actions it must know the log-density
+    # a network of state and noise, with networks, batches and rollouts of the paper's sizes
+    "implicit": {"Actor", "Critic", "batch_size", "rollout_interval", "rollout_batch_size", "rollout_retain", "q_coef"},
 }  # fmt: skip
 MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr", "normalise_q", "noise_scale"}
-LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient"]  # settings of each stand under its name
+LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient", "Actor and critic"]  # settings stand under these
 BANNERS = [
     "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
     "Losses", "Update", "Model rollouts", "Batches", "Pre-training", "Evaluation",
@@ -88,7 +93,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 def test_scripts_are_found():
     assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql", "sac_bc", "onestep"} <= set(SCRIPTS)
-    assert {"osr", "osr_v", "sdc"} <= set(SCRIPTS)
+    assert {"osr", "osr_v", "sdc", "sdm_gan"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
