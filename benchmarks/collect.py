@@ -69,7 +69,9 @@ class Args:
     envs: tuple[Literal["hopper", "halfcheetah", "walker2d", "inverteddoublependulum"], ...] = tuple(ENVS)  # which
     grades: tuple[Grade, ...] = ("random", "medium", "expert")  # medium-replay comes out of --train alone
     num_steps: int = 1_000_000  # of random, medium and expert; medium-expert has twice as many
-    train: bool = False  # train the policies anew and record medium-replay; for that grade alone, no further than medium
+    train: bool = (
+        False  # train the policies anew and record medium-replay; for that grade alone, no further than medium
+    )
     seed: int = 0  # of everything
     processes: int = 2  # at a time, one environment and one thread each
     compile: bool = True  # the update as one graph
