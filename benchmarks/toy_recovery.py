@@ -74,7 +74,8 @@ class PointMass(gym.Env):
         return self.position.astype(np.float32), float(reward(last, self.position)), False, False, {}
 
 
-gym.register("PointMass-v0", f"{Path(__file__).parent.name}.{Path(__file__).stem}:PointMass", max_episode_steps=50)
+if __name__ != "__main__":  # run as a program it is imported, too: by the name in ENV_ID
+    gym.register("PointMass-v0", f"{__name__}:PointMass", max_episode_steps=50)
 
 
 def on_ring(rng: np.random.Generator, num: int) -> np.ndarray:
@@ -239,8 +240,7 @@ def main(args: Args) -> None:
     data = load_dataset(str(file), "cpu", ENV_ID)
     logged, paths, earned = data.obs.double().numpy(), {}, {}
     for name in RUNS:
-        policies = [policy(train(name, seed)) for seed in range(args.num_seeds)]
-        results = [[rollout(act, kick) for kick in (False, True)] for act in policies]
+        results = [[rollout(policy(train(name, s)), kick) for kick in (False, True)] for s in range(args.num_seeds)]
         paths[name], earned[name] = (np.array([[pair[i] for pair in seed] for seed in results]) for i in range(2))
     draw(args.out_dir / "toy-recovery.png", paths, logged)
     print("", score_table(paths, earned, logged), "", inverse_table(data, args.num_seeds), sep="\n")
