@@ -74,7 +74,8 @@ class PointMass(gym.Env):
         return self.position.astype(np.float32), float(reward(last, self.position)), False, False, {}
 
 
-gym.register("PointMass-v0", f"{Path(__file__).parent.name}.{Path(__file__).stem}:PointMass", max_episode_steps=50)
+if __name__ != "__main__":  # run as a program it is imported, too: by the name in ENV_ID
+    gym.register("PointMass-v0", f"{__name__}:PointMass", max_episode_steps=50)
 
 
 def on_ring(rng: np.random.Generator, num: int) -> np.ndarray:
@@ -83,15 +84,14 @@ def on_ring(rng: np.random.Generator, num: int) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
-def record(num_episodes: int = 400, length: int = 12) -> dict[str, np.ndarray]:
+def record(num: int = 400, length: int = 12) -> dict[str, np.ndarray]:
     """The log under D4RL's keys, one row a step: along the ring at 0.6, plus noise, whatever the radius is."""
     rng = np.random.default_rng(0)
-    position, rows = on_ring(rng, num_episodes), []
+    position, rows = on_ring(rng, num), []
     for i in range(length):
         angle = np.arctan2(position[:, 1], position[:, 0])
-        action = 0.6 * np.stack([-np.sin(angle), np.cos(angle)], axis=-1) + rng.normal(0, 0.3, (num_episodes, 2))
-        action = action.clip(-1, 1)
-        after, end = move(position, action), np.full(num_episodes, i == length - 1)
+        action = (0.6 * np.stack([-np.sin(angle), np.cos(angle)], axis=-1) + rng.normal(0, 0.3, (num, 2))).clip(-1, 1)
+        after, end = move(position, action), np.full(num, i == length - 1)
         rows.append((position, action, reward(position, after), np.zeros_like(end), end, after))
         position = after
     keys = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
@@ -112,11 +112,12 @@ SDC = (
 )
 RUNS = {  # name of a contestant -> script and settings; the first three are drawn
     "SAC+BC": f"sac_bc {BEHAVIOUR}",
-    "OSR": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-4",
+    "OSR": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-3",
     "SDC": f"{SDC} --noise-scale 0.3",
-    "OSR, default noise": f"{OSR} --recovery-coef 1e-4",
+    "OSR, default noise": f"{OSR} --recovery-coef 1e-3",
     "SDC, default noise": SDC,
     "OSR, default lambda": f"{OSR} --noise-scale 0.3",
+    "OSR, lambda 1e-4": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-4",
     "SAC+BC, at s^": f"{OSR} --target behaviour --noise-scale 0.3 --recovery-coef 0.1 {BEHAVIOUR}",
 }
 COLORS = {"SAC+BC": "C0", "OSR": "C1", "SDC": "C2"}
@@ -130,6 +131,8 @@ def train(name: str, seed: int) -> Path:
         f"python algos/{script}.py --dataset {FOLDER}/ring.npz --env-id {ENV_ID} --seed {seed} {settings} {COMMON}"
     )
     command += f" --run-dir {FOLDER} --run-name {run}"
+    if (ROOT / FOLDER / run / "config.json").exists():  # it was killed
+        command = f"python algos/{script}.py --resume {FOLDER}/{run}"
     if not (ROOT / FOLDER / run / "policy.pt").exists():
         print(command, flush=True)
         subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
@@ -163,8 +166,7 @@ def rollout(act, kick: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy(path: Path):
-    """Of whichever script: the actor has the same text in all of them."""
-    actor = osr.Actor(2, 2)
+    actor = osr.Actor(2, 2)  # the same text in all scripts
     actor.load_state_dict(torch.load(path, weights_only=True)["actor"])
     return lambda position: actor.act(torch.as_tensor(position).float()).detach().double().numpy()
 
@@ -232,15 +234,13 @@ def draw(file: Path, paths: dict[str, np.ndarray], logged: np.ndarray) -> None:
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)
     file = ROOT / FOLDER / "ring.npz"
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez(file, **record())
     data = load_dataset(str(file), "cpu", ENV_ID)
     logged, paths, earned = data.obs.double().numpy(), {}, {}
     for name in RUNS:
-        policies = [policy(train(name, seed)) for seed in range(args.num_seeds)]
-        results = [[rollout(act, kick) for kick in (False, True)] for act in policies]
+        results = [[rollout(policy(train(name, s)), kick) for kick in (False, True)] for s in range(args.num_seeds)]
         paths[name], earned[name] = (np.array([[pair[i] for pair in seed] for seed in results]) for i in range(2))
     draw(args.out_dir / "toy-recovery.png", paths, logged)
     print("", score_table(paths, earned, logged), "", inverse_table(data, args.num_seeds), sep="\n")
