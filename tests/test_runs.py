@@ -202,7 +202,7 @@ def test_it_runs_from_any_directory_and_reuses_the_ensemble(home, tmp_path):
     assert len(list(tmp_path.glob("pendulum-random-v0__mopo__77__*"))) == 2  # default names never collide
 
 
-@every_script
+@pytest.mark.parametrize("script", ["mopo", "onestep", "sdm_gan"])  # whose final policies are made in different ways
 def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run, capsys):
     folder = run("--displace", script=script)
     with open(folder / "displaced.csv", newline="") as file:
