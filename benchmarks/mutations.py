@@ -7,11 +7,13 @@ Run: python benchmarks/mutations.py                       # all, then benchmarks
 """
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ class Args:
     table: str = str(ROOT / "benchmarks" / "mutations.toml")  # of the mistakes
     only: str = ""  # part of a file's or a test's name: only those mistakes, and no table is written
     out: str = str(ROOT / "benchmarks" / "results" / "mutations.md")
+    workers: int = min(4, os.cpu_count() or 1)  # mistakes at a time, each in a copy of its own
 
 
 def read_table(args: Args) -> list[dict[str, str]]:
@@ -42,8 +45,8 @@ def read_table(args: Args) -> list[dict[str, str]]:
 
 def run_tests(copy: Path, *tests: str) -> subprocess.CompletedProcess:
     """pytest's exit status is 0 when all pass, 1 when one fails, and another one when they could not be run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--numprocesses", "0", *tests]
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)
 
 
@@ -69,18 +72,31 @@ def main(args: Args) -> int:
     if not mistakes:
         raise InputError(f"no mistake whose file or test has {args.only!r} in its name")
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "results"))
+        copies = queue.SimpleQueue()
+        for i in range(args.workers):
+            copies.put(copy := Path(folder) / str(i))
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "results"))
         before = run_tests(copy, *sorted({row["test"] for row in mistakes}))
         if before.returncode:
             output = (before.stdout + before.stderr)[-2000:]
             raise InputError("the tests must pass before a mistake is put in:\n" + output)
-        for row in (bar := tqdm(mistakes, unit="mistake", leave=False)):
-            result = outcome(copy, row)
-            test = row["test"].removeprefix("tests/").split("[")[0].replace("::", " :: ")
-            rows.append((row["file"], row["mistake"], row["found"], test, result))
-            if result != "noticed":
-                bar.write(f"{result:<12}{row['file']}: {row['mistake']} ({row['test']})")
+
+        def try_out(row: dict[str, str]) -> str:
+            copy = copies.get()
+            try:
+                return outcome(copy, row)
+            finally:
+                copies.put(copy)
+
+        pool = ThreadPoolExecutor(args.workers)
+        try:
+            for row, result in zip(bar := tqdm(mistakes, unit="mistake", leave=False), pool.map(try_out, mistakes)):
+                test = row["test"].removeprefix("tests/").split("[")[0].replace("::", " :: ")
+                rows.append((row["file"], row["mistake"], row["found"], test, result))
+                if result != "noticed":
+                    bar.write(f"{result:<12}{row['file']}: {row['mistake']} ({row['test']})")
+        finally:
+            pool.shutdown(cancel_futures=True)
     noticed = sum(row[-1] == "noticed" for row in rows)
     print(f"{noticed} of {len(rows)} mistakes are noticed by their test")
     if not args.only:

@@ -2,8 +2,8 @@
 
 The score of a run is the mean of its last evaluations (--score-evals of the run), never its best. What is said over
 several datasets follows Agarwal et al. 2021 (arXiv:2108.13264); their package rliable would bring 300 MB of others.
-Run: python benchmarks/report.py runs/demo    run folders, or folders of them, and the csv files that are there already
-     python benchmarks/report.py              the csv files only; brings the README's table up to date, too
+Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-report    a report of its own
+     python benchmarks/report.py runs/demo    added to the results that are kept here, and to the README's table
 """
 
 import csv
@@ -32,8 +32,12 @@ from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E40
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
+NO_SETTINGS = {  # what seeds of one cell may differ in
+    "seed", "dataset", "run_dir", "run_name", "resume", "num_threads", "device", "dynamics", "compile",
+    "checkpoint_interval", "displace", "capture_video",
+}  # fmt: skip
 MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
-DISPLACED = ("forced_actions", "return_mean", "episodes", "distance")
+DISPLACED = ("forced_actions", "step", "return_mean", "episodes", "distance")
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
 - **score**: mean of a run's last evaluations, normalised as in D4RL (0 = random policy, 100 = expert); **return**: the
@@ -42,16 +46,17 @@ LEGEND = """\
   can choose it; it stands here to show what choosing it would have claimed.
 - **data**: mean of the data's own episodes, normalised and as return.
 - **minutes**: from start to end, the fit of the ensemble included where none was cached. **updates/s**: median over a
-  run's evaluations, mean over seeds. **GB**: largest peak memory of a run."""
+  run's evaluations, mean over seeds. **GB**: largest peak memory of a run. **-**: not measured."""
 OVERALL = f"""\
-Method by method, on the same datasets. IQM: interquartile mean, the mean of the middle half of all runs' scores. In
-brackets: 95 % intervals, from {NUM_DRAWS:,} bootstrap draws of the seeds within each dataset; they are too narrow where
-there are fewer than about five seeds, and absent where a dataset has one. P(A > B): how probable it is that a run of A
-scores higher than one of B on the same dataset, mean over datasets."""
+Method by method, on the same datasets. IQM: interquartile mean, the mean of the middle half of all runs' scores,
+every dataset with the same weight. In brackets: 95 % intervals, from {NUM_DRAWS:,} bootstrap draws of the seeds within
+each dataset; they are too narrow where there are fewer than about five seeds, and absent where a dataset has one.
+P(A > B): how probable it is that a run of A scores higher than one of B on the same dataset, mean over datasets."""
 
 DISPLACEMENT = """\
-`--displace`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way to the time limit;
-of the ten episodes, how many get there; and how far from the data the 50 steps that follow are, in standard deviations.
+`--displace`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way through its median
+episode, at the step that is named; how many episodes get there; and how far from the data the 50 steps that follow
+are, in standard deviations.
 """
 CURVES = """\
 Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
@@ -63,7 +68,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders of run folders
     out: Path = RESULTS / "runs"  # where the csv files of runs are
     out_dir: Path = RESULTS  # where report and figures are written
-    readme: Path | None = None  # file whose table of scores to replace; README.md where no setting is given
+    readme: Path | None = None  # whose table of scores to replace; README.md where the two above are left alone
     partial: bool = False  # take runs that are not finished, too
 
 
@@ -104,6 +109,7 @@ def read_folder(folder: Path) -> Run:
         about |= {what: config[what] for what in ("commit", "versions", "python", "algo", "data_hash")}
         about |= {"dataset": without_folder(args["dataset"]), "variant": (name and name[1]) or ""}
         about |= {what: args[what] for what in ("seed", "num_updates", "score_evals")}
+        about["settings"] = {name: value for name, value in args.items() if name not in NO_SETTINGS}
         memory = json.loads(resources.read_text())["peak_memory_gb"] if resources.exists() else None
         if (displaced := folder / "displaced.csv").exists():
             rows = read_rows(displaced.read_text().splitlines())
@@ -156,10 +162,23 @@ def public_command(config: dict) -> str:
     return shlex.join(public)
 
 
+def differences(one: Run, other: Run) -> list[str]:
+    """Names of what seeds of one cell must have in common and these have not."""
+    facts = [run.about | run.about.get("settings", {}) for run in (one, other)]  # older ones tell no settings
+    known = {"data_hash", "num_updates", "score_evals"} | set(facts[0].get("settings", ()))
+    return sorted(name for name in known if name in facts[1] and facts[0][name] != facts[1][name])
+
+
 def write_csv(folder: Path, run: Run) -> Path:
-    """Every evaluation, under a first line that tells how the run was made."""
+    """Every evaluation, under a first line that tells how the run was made.
+
+    Raises InputError rather than replace another run.
+    """
     dataset, algo, variant, seed = (run.about[name] for name in ("dataset", "algo", "variant", "seed"))
     path = folder / f"{'__'.join(filter(None, (dataset.replace('/', '-'), algo, variant, str(seed))))}.csv"
+    if path.exists() and (differing := differences(run, read_csv(path))):
+        differs = f"{run.path} has another {', '.join(differing)} than {path}"
+        raise InputError(f"{differs}: import it into another --out, or delete that first")
     folder.mkdir(parents=True, exist_ok=True)
     columns = [[f"{v:.0f}" if name == "update" else f"{v:.6g}" for v in run.columns[name]] for name in run.columns]
     lines = [f"# {json.dumps(run.about)}", ",".join(run.columns), *(",".join(row) for row in zip(*columns))]
@@ -176,7 +195,8 @@ def import_runs(args: Args) -> None:
         run = read_folder(folder)
         done, total = run.columns["update"][-1] if run.columns else 0, run.about["num_updates"]
         if not done or (done < total and not args.partial):
-            print(f"left out: {folder} was evaluated up to update {done:,.0f} of {total:,}", file=sys.stderr)
+            so_far = f"{folder} was evaluated up to update {done:,.0f} of {total:,}"
+            print(f"left out: {so_far}: resume it, or give --partial", file=sys.stderr)
         elif not np.isfinite(run.columns["return_mean"]).all():
             print(f"left out: {folder} was not evaluated in an environment", file=sys.stderr)
         else:
@@ -223,9 +243,10 @@ def read_cells(folder: Path) -> list[Cell]:
     if not cells:
         raise InputError(f"no csv of a run in {folder}: give run folders to import")
     for runs in cells.values():
-        for other, what in itertools.product(runs[1:], ("data_hash", "num_updates", "score_evals")):
-            if other.about[what] != runs[0].about[what]:
-                raise InputError(f"{runs[0].path} and {other.path} differ in {what}: no mean over them makes sense")
+        for one, other in itertools.combinations(runs, 2):
+            if differing := differences(one, other):
+                differ = f"{one.path} and {other.path} differ in {', '.join(differing)}"
+                raise InputError(f"{differ}: no mean over them makes sense, move one into another --out")
     facts = {key: [run.facts() for run in runs] for key, runs in cells.items()}
     columns = {key: {name: np.array([f[name] for f in facts[key]]) for name in facts[key][0]} for key in cells}
     return [Cell(*key, cells[key], columns[key]) for key in sorted(cells)]
@@ -239,10 +260,13 @@ def bootstrap(scores: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def interquartile_mean(scores: list[np.ndarray]) -> np.ndarray:
-    """Of all runs together, a quarter (rounded down) cut off at either end."""
-    pooled = np.sort(np.concatenate(scores, axis=-1), axis=-1)
-    cut = pooled.shape[-1] // 4
-    return pooled[..., cut : pooled.shape[-1] - cut].mean(axis=-1)
+    """Of the middle half of all runs together, where every dataset weighs the same, however many seeds it has."""
+    pooled = np.concatenate(scores, axis=-1)
+    order = np.argsort(pooled, axis=-1)
+    weight = np.concatenate([np.full(s.shape[-1], 1 / (s.shape[-1] * len(scores))) for s in scores])[order]
+    upto = weight.cumsum(axis=-1)
+    middle = upto.clip(0.25, 0.75) - (upto - weight).clip(0.25, 0.75)  # what of each run lies there
+    return (middle * np.take_along_axis(pooled, order, axis=-1)).sum(axis=-1) / middle.sum(axis=-1)
 
 
 def improvement(scores: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
@@ -384,12 +408,13 @@ def displacement_table(cells: list[Cell]) -> str:
         if measured:
             # (num_seeds, number of forced actions)
             columns = {name: np.array([one[name] for one in measured], dtype=float) for name in DISPLACED}
-            row = [cell.dataset, cell.method, len(measured)]
+            row = [cell.dataset, cell.method, len(measured), number(columns["step"][:, 0].mean(), 0)]
             row.append(number(columns["episodes"][:, 0].mean()))
             row += map(number, columns["return_mean"].mean(axis=0))
-            rows.append(row + [number(value, 2) for value in columns["distance"].mean(axis=0)])
+            distance = [d[np.isfinite(d)] for d in columns["distance"].T]  # of the seeds that got there
+            rows.append(row + [number(d.mean() if len(d) else np.nan, 2) for d in distance])
     names = [f"{what} {num}" for what in ("return", "distance") for num in (0, 5, 10, 15)]
-    return table(f"dataset, method, seeds, episodes, {', '.join(names)}", rows) if rows else ""
+    return table(f"dataset, method, seeds, step, episodes, {', '.join(names)}", rows) if rows else ""
 
 
 def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
@@ -497,14 +522,15 @@ def main(args: Args) -> None:
     for dataset, name in figures.items():
         here = [cell for cell in cells if cell.dataset == dataset]
         # more than ten lines cannot be told apart: those with a setting changed go first
-        here = [cell for cell in here if len(here) <= 10 or not cell.variant]
+        here = [cell for cell in here if len(here) <= 10 or not cell.variant] or here
         draw_scores(args.out_dir / f"scores-{name}", here)
         draw_curves(args.out_dir / f"curves-{name}", here, colors)
     if groups:
         draw_profiles(args.out_dir / "profile.png", groups, colors)
     (args.out_dir / "report.csv").write_text(report_csv(cells))
     (args.out_dir / "report.md").write_text(report(cells, groups, figures))
-    if readme := args.readme or (ROOT / "README.md" if args == Args() else None):
+    ours = (args.out, args.out_dir) == (Args.out, Args.out_dir)
+    if readme := args.readme or (ROOT / "README.md" if ours else None):
         replace_table(readme, readme_table(cells))
     print(f"{score_table(cells)}\n\n{args.out_dir / 'report.md'}")
 

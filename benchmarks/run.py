@@ -19,6 +19,7 @@ Run: python benchmarks/run.py benchmarks/grids/demo.toml
 """
 
 import contextlib
+import csv
 import fcntl
 import importlib
 import io
@@ -46,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 from common.dataset import InputError  # noqa: E402
 
 SET_HERE = ("num_threads", "run_dir", "run_name", "resume")  # settings that follow from the grid and from --threads
+AFTERWARDS = ("displace", "capture_video")  # what a finished run can still be asked for
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
@@ -79,6 +81,7 @@ class Run:
         folder, script = folder or self.folder, os.path.relpath(ROOT / "algos" / f"{self.script}.py")
         begin = [*self.flags, "--num-threads", str(threads), "--run-dir", str(folder.parent), "--run-name", folder.name]
         resume = ["--resume", str(folder), "--num-threads", str(threads)]
+        resume += [f"--{name.replace('_', '-')}" for name in AFTERWARDS if self.settings[name]]
         return ["python", script, *(resume if (self.folder / "config.json").is_file() else begin)]
 
     def state(self) -> str:
@@ -91,18 +94,25 @@ class Run:
         except (OSError, ValueError, KeyError):
             raise InputError(f"{self.folder / 'config.json'} is damaged: delete the folder") from None
         for name, value in self.settings.items():
-            if name not in SET_HERE and saved[name] != value:
+            if name not in SET_HERE + AFTERWARDS and saved[name] != value:
                 found = f"{self.folder} holds a run with {name.replace('_', '-')} {saved[name]}"
                 raise InputError(f"{found}, the grid asks for {value}: choose another --name, or delete the folder")
-        complete = (self.folder / "policy.pt").is_file() and self.last_update() == self.settings["num_updates"]
-        return "finished" if complete else "begun"
+        update, evaluated = self.last_evaluation()
+        complete = (self.folder / "policy.pt").is_file() and update == self.settings["num_updates"]
+        displaced = (self.folder / "displaced.csv").is_file() or not (self.settings["displace"] and evaluated)
+        return "finished" if complete and displaced else "begun"
+
+    def last_evaluation(self) -> tuple[int, bool]:
+        """Updates up to it, and whether there was an environment for it."""
+        try:
+            with open(self.folder / "progress.csv", newline="") as file:
+                *_, row = csv.DictReader(file)
+            return int(row["update"]), row["return_mean"] != "nan"
+        except (OSError, ValueError, KeyError):
+            return 0, False
 
     def last_update(self) -> int:
-        """Updates up to the last evaluation."""
-        try:
-            return int((self.folder / "progress.csv").read_text().splitlines()[-1].split(",")[0])
-        except (OSError, ValueError, IndexError):
-            return 0
+        return self.last_evaluation()[0]
 
     def lock(self) -> TextIO | None:
         """log.txt, locked; None where a run in this folder is under way.

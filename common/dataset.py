@@ -48,6 +48,7 @@ D4RL_ENVS = {  # by the first word of the name
     "hopper": ("Hopper-v5", {}),
     "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),  # its right foot slips as in v2; v5's own grips
 }
+MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no time limit of its own
 CACHE_VERSION = 1  # part of every cache key: raise it when the arrays made from the same file change
 
 
@@ -146,6 +147,8 @@ def load_dataset(
         env_spec = replace(gym.spec(d4rl_env), kwargs=kwargs)
     if env_id is not None:
         env_spec, obs_space, action_space = _make_spaces(env_id)
+    if env_spec is not None and env_spec.max_episode_steps is None:
+        env_spec = replace(env_spec, max_episode_steps=MOST_STEPS)
     ref_scores = ref_scores or _ref_scores(env_spec)
 
     def read() -> dict[str, np.ndarray]:

@@ -452,6 +452,18 @@ def test_env_id_wins_and_may_name_the_package_that_registers_it(tmp_path, monkey
     assert data.env_spec.id == "MyPendulum-v3"
 
 
+def test_episodes_end_at_the_time_limit_of_the_environment_or_where_it_has_none_at_ours(monkeypatch):
+    monkeypatch.setattr("common.dataset.MOST_STEPS", 3)
+    record_random("Pendulum-v1", "toy/pendulum-v0", num_steps=400, seed=0)
+    gym.register("Endless-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+    for env_id, last in (("Endless-v0", 3), ("Pendulum-v1", 200)):
+        env = gym.make(load_dataset("toy/pendulum-v0", env_id=env_id).env_spec)
+        env.reset(seed=0)
+        truncated = [env.step(np.zeros(1, np.float32))[3] for _ in range(last)]
+        assert truncated == [False] * (last - 1) + [True]
+    gym.registry.pop("Endless-v0")
+
+
 # --- Hash and cache ---
 def test_data_hash_is_of_the_contents(tmp_path):
     rows = make_rows()

@@ -801,26 +801,29 @@ def test_forced_actions_are_uniform_and_what_follows_them_is_handed_over():
     assert np.abs(forced[2:4]).max() > 1.5 > np.abs(calm).max() and np.abs(forced[2:4]).max() <= 3
     assert np.abs(forced[4:]).max() < 1.5 and (returns != undisturbed).any()
     there = returns >= 4  # 1 a step but the last
-    assert len(after) <= 50 and after[0].shape == (there.sum(), 4)
+    assert len(after) == returns.max() - 3 and after[0].shape == (there.sum(), 4)
     with torch.no_grad():  # the first of them is where the fifth action was chosen
         action = actor.act(torch.as_tensor(after[0], dtype=torch.float32)).numpy()
     np.testing.assert_allclose(forced[4][there], 3 * action, rtol=1e-5)
 
 
-def test_distance_to_the_data_is_in_standard_deviations_and_none_where_episodes_end_before(tmp_path, monkeypatch):
+def test_displaced_half_way_through_the_median_episode_and_the_distance_in_standard_deviations(tmp_path, monkeypatch):
     data = box_data(2, 1.0)
     data.obs = torch.tensor([[0.0, 0.0], [2.0, 20.0]])  # deviations 1.41 and 14.1
-    data.env_spec = SimpleNamespace(max_episode_steps=8)
     calls = []
 
-    def evaluate(actor, envs, data, seed, forced, after):
+    def evaluate(actor, envs, data, seed, forced=range(0), after=None):
         calls.append((seed, forced))
-        after += [np.array([[0.0, 10.0]])] * (len(forced) < 15)
+        if len(calls) == 1:  # undisturbed: episodes of 3, 8 and 9 steps
+            after += [np.zeros((num, 2)) for num in (3, 3, 3, 2, 2, 2, 2, 2, 1)]
+        elif len(forced) < 15:
+            after += [np.array([[0.0, 10.0]])] * 50 + [np.array([[0.0, 1000.0]])] * 9
         return np.array([1.0])
 
     monkeypatch.setattr(mopo, "evaluate", evaluate)
-    mopo.displace(tmp_path, None, None, data, mopo.Args(seed=3, num_updates=70))
-    assert calls == [([3, 70], range(4, 4 + num)) for num in (0, 5, 10, 15)]
+    mopo.displace(tmp_path, None, SimpleNamespace(num_envs=3), data, mopo.Args(seed=3, num_updates=70))
+    assert calls == [([3, 70], range(0))] + [([3, 70], range(4, 4 + num)) for num in (0, 5, 10, 15)]
     lines = (tmp_path / "displaced.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[-1]) for line in lines] == pytest.approx([0.5**0.5] * 3 + [np.nan], nan_ok=True)
     assert [line.split(",")[-2] for line in lines] == ["1", "1", "1", "0"]
+    assert {line.split(",")[1] for line in lines} == {"4"}

@@ -1,7 +1,5 @@
 """OSR's functions against independent float64 NumPy, cql.py and sac_bc.py, and an inverse model with a known answer."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -150,7 +148,7 @@ def test_the_forward_direction_is_behaviour_cloning_of_the_wanted_actions():
     agent, obs = osr_agent(osr.Args()), random_batch()[0][:1]
     law = torch.tensor([[0.3, -0.2]], dtype=torch.float64), torch.tensor([[-0.5, 0.1]], dtype=torch.float64)
     params = list(agent.actor.net[-1].parameters())
-    grads = torch.autograd.grad(osr.recovery(agent.actor, law, obs, "forward"), params)
+    grads = torch.autograd.grad(osr.recovery(agent.actor, law, obs, torch.ones(1, 1), "forward"), params)
     noise = torch.randn(400_000, ACTION_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mean, log_std = agent.actor.net(obs).chunk(2, dim=-1)
     sampled = -Normal(mean, log_std.exp()).log_prob(law[0] + law[1].exp() * noise).mean()
@@ -160,33 +158,58 @@ def test_the_forward_direction_is_behaviour_cloning_of_the_wanted_actions():
 
 # --- Update ---
 @pytest.mark.parametrize("target", ["inverse", "behaviour"])
-@pytest.mark.parametrize("kl", ["reverse", "forward"])
-def test_actor_loss_is_that_of_numpy(target, kl):
-    args = osr.Args(noise_scale=0.2, recovery_coef=0.7, target=target, kl=kl, num_samples=4, critic_lr=1e-12)
+@pytest.mark.parametrize("kl, normalise_q", [("reverse", False), ("forward", False), ("reverse", True)])
+def test_actor_loss_is_that_of_numpy(target, kl, normalise_q):
+    settings = {"target": target, "kl": kl, "normalise_q": normalise_q}
+    args = osr.Args(noise_scale=0.2, recovery_coef=0.7, num_samples=4, critic_lr=1e-12, **settings)
     agent, batch, (noise, proposal_noise), extra = osr_agent(args), random_batch(), random_noise(), extra_noise()
-    wanted = random_inverse() if target == "inverse" else random_behaviour()
+    prior = random_inverse() if target == "inverse" else random_behaviour()
     obs, next_obs = batch[0].numpy(), batch[3].numpy()
     action, log_prob = numpy_actor(agent.actor, obs, noise[1].numpy())  # at the logged state
     q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
     perturbed = obs + 0.2 * np.array([0.5, 2.0, 3.0]) * extra[0].numpy()
     one = numpy_gaussian(agent.actor, perturbed)
     if target == "inverse":
-        other = numpy_inverse(wanted, perturbed, next_obs, extra[1].numpy())[:2]
+        other = numpy_inverse(prior, perturbed, next_obs, extra[1].numpy())[:2]
     else:
-        other = numpy_gaussian(wanted, perturbed)
+        other = numpy_gaussian(prior, perturbed)
     (m1, s1), (m2, s2) = (one, other) if kl == "reverse" else (other, one)
     divergence = (np.log(s2 / s1) + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 1 / 2).mean()
-    before = copy.deepcopy(wanted.state_dict())
-    info = osr.update(agent, wanted, as_rows(batch), noise, proposal_noise, *extra, args)
+    info = osr.update(agent, prior, as_rows(batch), noise, proposal_noise, *extra, args)
     assert info["kl"].item() == pytest.approx(divergence, rel=1e-6)
-    assert info["actor_loss"].item() == pytest.approx((log_prob - q).mean() + 0.7 * divergence, rel=1e-6)
-    assert all(torch.equal(before[key], value) for key, value in wanted.state_dict().items())
+    sac = (log_prob - q).mean() / (np.abs(q).mean() if normalise_q else 1)
+    assert info["actor_loss"].item() == pytest.approx(sac + 0.7 * divergence, rel=1e-6)
+
+
+def test_an_end_whose_successor_is_not_known_asks_for_no_recovery():
+    """Where a file has no successors next_obs is obs there."""
+    args, agents, batch = osr.Args(conservative_coef=0), [], random_batch()
+    end = batch[4] == 1
+    assert 2 < end.sum() < BATCH - 2
+    batch[3][end] = batch[0][end]
+    for answer_there in (0.0, 5.0):
+
+        def prior(obs, next_obs, noise):
+            mean = torch.where(end[:, None], answer_there, 0.3).expand(-1, ACTION_DIM).double()
+            return mean, mean - 1, noise, noise
+
+        agents.append(osr_agent(args))
+        info = osr.update(agents[-1], prior, as_rows(batch), *random_noise(), *extra_noise(), args)
+    for one, other in zip(*(agent.actor.parameters() for agent in agents), strict=True):
+        assert torch.equal(one, other)
+    policy = osr.gaussian(osr_agent(args).actor, batch[0] + 1e-3 * osr_agent(args).obs_std * extra_noise()[0])
+    law = torch.full((BATCH, ACTION_DIM), 0.3).double(), torch.full((BATCH, ACTION_DIM), -0.7).double()
+    assert info["kl"].item() == pytest.approx(osr.gaussian_kl(*policy, *law)[~end].mean().item())
+    batch[3][end] += 1e-3  # a logged successor, even of an end, counts
+    moved = osr_agent(args)
+    osr.update(moved, prior, as_rows(batch), *random_noise(), *extra_noise(), args)
+    assert not torch.equal(moved.actor.net[0].weight, agents[-1].actor.net[0].weight)
 
 
 @pytest.mark.parametrize("conservative_coef", [5.0, 0.0])
 def test_without_the_divergence_it_is_cql_and_without_both_terms_sac(conservative_coef):
     args = osr.Args(recovery_coef=0, conservative_coef=conservative_coef, num_samples=4)
-    agent, wanted = osr_agent(args), random_inverse()
+    agent, prior = osr_agent(args), random_inverse()
     if conservative_coef:
         plain_args = cql.Args(conservative_coef=conservative_coef, hidden_layers=2)
         plain = cql.Agent(OBS_DIM, ACTION_DIM, plain_args).double()
@@ -196,7 +219,7 @@ def test_without_the_divergence_it_is_cql_and_without_both_terms_sac(conservativ
     plain.load_state_dict(agent.state_dict(), strict=False)
     for seed in range(3):
         rows, (noise, proposal_noise), extra = as_rows(random_batch(seed=seed)), random_noise(seed=seed), extra_noise()
-        osr.update(agent, wanted, rows, noise, proposal_noise, *extra, args)
+        osr.update(agent, prior, rows, noise, proposal_noise, *extra, args)
         if conservative_coef:
             cql.update(plain, rows, noise, proposal_noise, plain_args)
         else:
@@ -209,10 +232,10 @@ def test_without_the_divergence_it_is_cql_and_without_both_terms_sac(conservativ
 @needs_compiler
 def test_compiled_and_eager_updates_agree(capsys):
     args = osr.Args(hidden_layers=1, num_samples=4)
-    agents, wanted = [osr_agent(args, torch.float32) for _ in range(2)], random_inverse(dtype=torch.float32)
-    step = osr.compiled(lambda *x: osr.update(agents[0], wanted, *x, args), args, torch.device("cpu"))
+    agents, prior = [osr_agent(args, torch.float32) for _ in range(2)], random_inverse(dtype=torch.float32)
+    step = osr.compiled(lambda *x: osr.update(agents[0], prior, *x, args), args, torch.device("cpu"))
     for seed in range(2):
         inputs = as_rows(random_batch(torch.float32, seed)), *random_noise(torch.float32, seed)
         inputs += extra_noise(seed, torch.float32)
-        torch.testing.assert_close(step(*inputs), osr.update(agents[1], wanted, *inputs, args), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step(*inputs), osr.update(agents[1], prior, *inputs, args), rtol=1e-4, atol=1e-4)
     assert capsys.readouterr().out == ""  # no word of going on eagerly

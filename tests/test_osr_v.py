@@ -26,7 +26,9 @@ from test_combo import (
 from test_osr import LATENT, numpy_inverse, random_inverse
 
 import algos.cql as cql
+import algos.osr as osr
 import algos.osr_v as osr_v
+import algos.sdc as sdc
 
 STD = [0.5, 2.0, 3.0]
 
@@ -128,6 +130,24 @@ def test_gradient_is_down_on_the_policys_actions_and_up_on_the_inverse_models_bo
     torch.testing.assert_close(grad.sum(dim=1), torch.zeros(2, dtype=torch.float64))
 
 
+def test_an_end_whose_successor_is_not_known_raises_q_at_the_logged_action():
+    """Where a file has no successors next_obs is obs there."""
+    args, batch, gaps = osr_v.Args(noise_scale=0.0), random_batch(), []
+    end = batch[4] == 1
+    assert 2 < end.sum() < BATCH - 2
+    batch[3][end] = batch[0][end]
+    logged = batch[1].atanh()
+    for answer_there in (torch.full_like(logged, 0.2), torch.full_like(logged, -2.0), logged):
+        inverse = stub_inverse(lambda s, t, there=answer_there: torch.where(end[:, None], there, 0.3))
+        info = osr_v.update(v_agent(args), inverse, as_rows(batch), *random_noise(), *extra_noise(), args)
+        gaps.append(info["conservative_gap"].item())
+    assert gaps == pytest.approx([gaps[2]] * 3, rel=1e-7)
+    batch[3][end] += 1e-3  # a logged successor, even of an end, counts
+    inverse = stub_inverse(lambda s, t: torch.where(end[:, None], -2.0, 0.3).expand(-1, ACTION_DIM).double())
+    info = osr_v.update(v_agent(args), inverse, as_rows(batch), *random_noise(), *extra_noise(), args)
+    assert info["conservative_gap"].item() != pytest.approx(gaps[0], rel=1e-3)
+
+
 # --- Update ---
 @pytest.mark.parametrize("settings", [
     {"conservative_coef": 0.0, "noise_scale": 0.2},  # SAC on logged rows
@@ -167,30 +187,33 @@ def test_the_policy_goes_to_the_side_where_q_is_raised(raised, side):
     assert (side * agent.actor.act(obs) > 0.3).all()
 
 
-def test_a_run_perturbs_afresh_in_units_of_its_data_and_the_inverse_model_stays_as_fitted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [osr_v, osr, sdc], ids=lambda module: module.ALGO)
+def test_a_run_perturbs_afresh_in_units_of_its_data_and_its_models_stay_as_fitted(module, tmp_path, monkeypatch):
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     rng, seen = np.random.default_rng(0), []
     obs, action = rng.normal(size=(200, OBS_DIM)) * STD, rng.uniform(-1, 1, (200, ACTION_DIM))
     arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(200), timeouts=np.ones(200))
-    update = osr_v.update
+    update = module.update
 
-    def spy(agent, inverse, rows, noise, proposal_noise, obs_noise, inverse_noise, args):
-        seen.append((agent.obs_std.clone(), copy.deepcopy(inverse), obs_noise, inverse_noise))
-        return update(agent, inverse, rows, noise, proposal_noise, obs_noise, inverse_noise, args)
+    def spy(agent, *inputs, **kwargs):
+        nets = [x for x in inputs if isinstance(x, torch.nn.Module)]
+        noises = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()][3:]  # from obs_noise on
+        seen.append((agent.obs_std.clone(), nets, [copy.deepcopy(net.state_dict()) for net in nets], noises))
+        return update(agent, *inputs, **kwargs)
 
-    monkeypatch.setattr(osr_v, "update", spy)
-    osr_v.main(osr_v.Args(
-        dataset=str(tmp_path / "own.npz"), num_updates=3, inverse_updates=20, run_dir=str(tmp_path), compile=False,
-        num_threads=1,
+    monkeypatch.setattr(module, "update", spy)
+    own = {"transition_updates": 20, "dynamics_max_epochs": 1} if module is sdc else {"inverse_updates": 20}
+    module.main(module.Args(
+        dataset=str(tmp_path / "own.npz"), num_updates=3, run_dir=str(tmp_path), compile=False, num_threads=1, **own,
     ), [])  # fmt: skip
-    stds, inverses, *noises = zip(*seen, strict=True)
+    stds, nets, states, noises = zip(*seen, strict=True)
     np.testing.assert_allclose(stds[-1], obs.std(axis=0, ddof=1), rtol=1e-5)
-    first, last = inverses[0].state_dict(), inverses[-1].state_dict()
-    assert all(torch.equal(value, last[name]) for name, value in first.items())
-    assert not any(p.requires_grad for p in inverses[-1].parameters())
-    for draws in noises:
+    assert not any(p.requires_grad for net in nets[-1] for p in net.parameters())
+    for first, last in zip(states[0], states[-1], strict=True):
+        assert all(torch.equal(value, last[name]) for name, value in first.items())
+    for draws in zip(*noises, strict=True):
         assert not torch.equal(draws[0], draws[1]) and torch.stack(draws).std().item() == pytest.approx(1, abs=0.1)
 
 

@@ -93,6 +93,7 @@ def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp
         "command": "python algos/mopo.py", "hardware": "C64", "commit": "1234567890", "versions": {"torch": "2"},
         "python": "3.11.7", "algo": "mopo", "data_hash": "abc", "dataset": "a/v0",
         "variant": "penalty-coef=0.0,gamma=0.9", "seed": 3, "num_updates": 20, "score_evals": 2, "behaviour": 1.0,
+        "settings": {"env_id": "", "num_updates": 20, "score_evals": 2},
         "ref_scores": [0.0, 200.0], "peak_memory_gb": 1.5,
     }  # fmt: skip
     columns = "update,seconds,updates_per_second,return_mean,normalised_score,q"
@@ -115,16 +116,17 @@ def test_of_many_methods_the_pairs_stand_in_a_matrix(tmp_path):
 def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
     for seed, returns in enumerate([(100, 90, 80, 70), (200, 90, 60, 30)]):
         folder = make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed)
-        rows = [f"{num},{value},0.5,{2 * seed + 1},{num / 10}" for num, value in zip((0, 5, 10, 15), returns)]
+        pairs = zip((0, 5, 10, 15), returns)
+        rows = [f"{num},{40 + 20 * seed},{value},0.5,{2 * seed + 1},{num / 10}" for num, value in pairs]
         (folder / "displaced.csv").write_text(
-            "forced_actions,return_mean,return_std,episodes,distance\n" + "\n".join(rows)
+            "forced_actions,step,return_mean,return_std,episodes,distance\n" + "\n".join(rows)
         )
     make_run(tmp_path / "g" / "2", [1, 2], seed=2)
     make_run(tmp_path / "g" / "3", [1, 2], dataset="b/v0")
     call(tmp_path, tmp_path / "g")
     text = (tmp_path / "out" / "report.md").read_text().split("## Displaced")[1].split("##")[0]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert rows == ["| a/v0 | mopo | 2 | 2.0 | 150.0 | 90.0 | 70.0 | 50.0 | 0.00 | 0.50 | 1.00 | 1.50 |"]
+    assert rows == ["| a/v0 | mopo | 2 | 50 | 2.0 | 150.0 | 90.0 | 70.0 | 50.0 | 0.00 | 0.50 | 1.00 | 1.50 |"]
 
 
 @pytest.mark.parametrize("name", ["a-v0__mopo__3__20261124-002445-038924", "a-v0__mopo__3", "mine"])
@@ -141,13 +143,34 @@ def test_unfinished_runs_are_left_out_and_said_unless_partial(tmp_path, capsys):
     assert call(tmp_path, grid)["a/v0", ""]["seeds"] == "1"
     errors = capsys.readouterr().err.splitlines()
     assert [line.split("grid/")[1] for line in errors] == [
-        "begun was evaluated up to update 0 of 30",
+        "begun was evaluated up to update 0 of 30: resume it, or give --partial",
         "blind was not evaluated in an environment",
-        "cut was evaluated up to update 20 of 30",
+        "cut was evaluated up to update 20 of 30: resume it, or give --partial",
     ]
     row = call(tmp_path, grid, partial=True)["a/v0", ""]
     assert (row["seeds"], row["updates"], row["return"]) == ("2", "20", "2.25")
     assert "| 20 of 30 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_settings_are(tmp_path):
+    for seed in range(3):
+        config = json.loads((make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed) / "config.json").read_text())
+        config["args"] |= {"gamma": 0.9 if seed == 2 else 0.99, "num_threads": seed, "displace": seed == 1}
+        (tmp_path / "g" / str(seed) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="0.csv and .*2.csv differ in gamma: no mean"):
+        call(tmp_path, tmp_path / "g")
+    for path in (tmp_path / "csv").glob("*.csv"):
+        first, _, rest = path.read_text().partition("\n")
+        about = json.loads(first.removeprefix("# "))
+        del about["settings"]
+        path.write_text(f"# {json.dumps(about)}\n{rest}")
+    assert call(tmp_path)["a/v0", ""]["seeds"] == "3"
+
+
+def test_many_variants_of_one_method_are_drawn(tmp_path):
+    for i in range(11):
+        make_run(tmp_path / "g" / f"a-v0__mopo__tau=0.{i}__0", [1, 2])
+    assert len(call(tmp_path, tmp_path / "g")) == 11 and (tmp_path / "out" / "scores-a-v0.png").stat().st_size
 
 
 def test_commands_name_no_folder_of_a_machine():
@@ -178,11 +201,15 @@ def test_data_that_cannot_be_loaded_or_changed_leave_their_mean_out(tmp_path, ca
     assert "b/v0 is not what" in errors
 
 
-def test_interquartile_mean_cuts_a_quarter_at_either_end_of_all_runs():
+def test_interquartile_mean_is_of_the_middle_half_and_every_dataset_weighs_the_same():
     scores = [np.array([0.0, 1, 2, 3]), np.array([10.0, 11, 12, 100])]
-    assert report.interquartile_mean(scores) == (2 + 3 + 10 + 11) / 4
-    assert report.interquartile_mean([np.array([1.0, 2, 6])]) == 3  # a quarter of three runs is none
-    assert report.interquartile_mean([np.array([9.0, 1, 2, 3, 50])]) == (2 + 3 + 9) / 3
+    assert report.interquartile_mean(scores) == pytest.approx((2 + 3 + 10 + 11) / 4)
+    # of three runs the outer ones lie a quarter of themselves within the middle half
+    assert report.interquartile_mean([np.array([1.0, 6, 2])]) == pytest.approx((1 / 4 * 1 + 2 + 1 / 4 * 6) / 1.5)
+    few, many = np.array([0.0, 8]), np.array([2.0, 4, 2, 4, 2, 4, 2, 4])
+    assert report.interquartile_mean([few, many]) == pytest.approx(report.interquartile_mean([few, many[:2]]))
+    draws = report.interquartile_mean([np.array([[3.0, 1], [5, 5]]), np.array([[2.0, 2], [0, 0]])])
+    assert draws.tolist() == pytest.approx([2, 2.5])
 
 
 def test_improvement_counts_pairs_on_the_same_dataset_and_ties_half():
@@ -254,8 +281,15 @@ def test_bad_input_is_said_in_one_sentence(tmp_path):
     )
     make_run(tmp_path / "g" / "1", [1, 2], seed=1, hash="other")
     assert error(tmp_path / "g") == (
-        "T/csv/a-v0__mopo__0.csv and T/csv/a-v0__mopo__1.csv differ in data_hash: no mean over them makes sense"
+        "T/csv/a-v0__mopo__0.csv and T/csv/a-v0__mopo__1.csv differ in data_hash: no mean over them makes sense, "
+        "move one into another --out"
     )
+    make_run(tmp_path / "j" / "0", [1, 2, 3])
+    before = (tmp_path / "csv" / "a-v0__mopo__0.csv").read_text()
+    assert error(tmp_path / "j") == (
+        "T/j/0 has another num_updates than T/csv/a-v0__mopo__0.csv: import it into another --out, or delete that first"
+    )
+    assert (tmp_path / "csv" / "a-v0__mopo__0.csv").read_text() == before
     (tmp_path / "csv" / "a-v0__mopo__1.csv").write_text("update,seconds\n1,2\n")
     assert error().startswith("T/csv/a-v0__mopo__1.csv is no csv of a run (JSONDecodeError")
     (tmp_path / "csv" / "a-v0__mopo__1.csv").unlink()

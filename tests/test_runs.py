@@ -208,7 +208,8 @@ def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run
     with open(folder / "displaced.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["forced_actions"] for row in rows] == ["0", "5", "10", "15"]
-    assert [row["episodes"] for row in rows] == ["2"] * 4  # Pendulum's episodes have no end before the time limit
+    # Pendulum's episodes end after 200 steps
+    assert [(row["step"], row["episodes"]) for row in rows] == [("100", "2")] * 4
     undisturbed, last = float(rows[0]["return_mean"]), float(progress(folder)[-1]["return_mean"])
     assert undisturbed == pytest.approx(last)
     assert all(float(row["return_mean"]) != undisturbed for row in rows[1:])
@@ -295,6 +296,14 @@ def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
     assert [int(row["update"]) for row in progress(folder)] == [20, 40, 60]
 
 
+def test_a_learning_rate_given_at_resume_holds(run):
+    folder = run()
+    before = torch.load(folder / "policy.pt", weights_only=True)["actor"]
+    run("--resume", str(folder), "--num-updates", "60", "--actor-lr", "0", "--actor-lr-schedule", "constant")
+    after = torch.load(folder / "policy.pt", weights_only=True)["actor"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 # --- Bad input ---
 def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
     folder = run()
@@ -359,6 +368,10 @@ def test_a_checkpoint_of_another_script_dataset_or_shape_is_refused(run, tmp_pat
     (folder / "config.json").write_text(config.replace('"mopo"', '"combo"', 1))
     with pytest.raises(InputError, match="run of combo.py"):
         run("--resume", str(folder))
+    for damaged in ("{", '{"algo": "mopo"}', config.replace('"penalty_coef"', '"no_such_setting"')):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match="config.json does not fit this script .*start a new run"):
+            run("--resume", str(folder))
 
 
 def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_path):

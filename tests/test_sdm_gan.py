@@ -247,10 +247,12 @@ def test_pairs_are_two_a_state_and_those_that_begin_after_an_end_do_not_count():
 
 
 # --- Update ---
-@pytest.mark.parametrize("gan", ["js", "wasserstein"])
-def test_updates_equal_those_of_a_plain_learner_that_drops_rows(gan):
+@pytest.mark.parametrize("gan, seen", [("js", "raw"), ("wasserstein", "raw"), ("js", "squashed")])
+def test_updates_equal_those_of_a_plain_learner_that_drops_rows(gan, seen):
     """Which also has gradients that never pass the model, and a policy's step that sees D before its own."""
-    args = tiny_args(gan=gan, actor_lr=2e-3, critic_lr=1e-3, discriminator_lr=3e-3, gamma=0.95, tau=0.1, q_coef=3.0)
+    rates = {"actor_lr": 2e-3, "critic_lr": 1e-3, "discriminator_lr": 3e-3}
+    args = tiny_args(gan=gan, discriminator_input=seen, gamma=0.95, tau=0.1, q_coef=3.0, **rates)
+    squash = torch.tanh if seen == "squashed" else lambda x: x
     agent, dynamics = random_agent(args), random_dynamics()
     agent.reward_range.copy_(torch.tensor([-6.0, 4.0]))
     plain, q_average = copy.deepcopy(agent), None
@@ -284,10 +286,11 @@ def test_updates_equal_those_of_a_plain_learner_that_drops_rows(gan):
         after, _ = dynamics.step(near, torch.tanh(raw), order, model_noise)
         keep = state_rows[:, TERMINAL] == 0
         keep_after, after = keep & (after[:, 0] <= 0.5), after.detach()
-        here, there = torch.cat([near, raw], 1), torch.cat([after, plain.actor(after, noise[1])], 1)
+        here, there = torch.cat([near, squash(raw)], 1), torch.cat([after, squash(plain.actor(after, noise[1]))], 1)
         fake, kept = torch.cat([here[keep], there[keep_after]]), torch.cat([keep, keep_after])
         bounded = logged[kept, OBS_DIM : OBS_DIM + ACTION_DIM].clamp(-1 + 1e-7, 1 - 1e-7)
-        real = torch.cat([logged[kept, :OBS_DIM], 0.5 * torch.log((1 + bounded) / (1 - bounded))], 1)
+        unsquashed = 0.5 * torch.log((1 + bounded) / (1 - bounded))
+        real = torch.cat([logged[kept, :OBS_DIM], squash(unsquashed)], 1)
         assert len(fake) == len(real) < 2 * BATCH
         # policy
         d = plain.discriminator
@@ -397,11 +400,25 @@ def test_the_real_share_is_that_of_the_released_schedule_epoch_by_epoch():
             assert sdm_gan.real_share(update_number, args) == pytest.approx(expected / 10)
 
 
+@pytest.mark.parametrize("share, num_real", [(1.0, 512), (0.7, 358), (0.5, 256)])
+def test_a_batch_has_the_given_share_of_logged_rows_first_and_simulated_ones_after(share, num_real):
+    real, args = torch.arange(20.0)[:, None].expand(-1, 6), sdm_gan.Args()
+    buffer = sdm_gan.ModelBuffer(50, 6, torch.device("cpu"))
+    if num_real < 512:
+        buffer.add(100 + torch.arange(30.0)[:, None].expand(-1, 6))
+    torch.manual_seed(0)
+    first = torch.stack([sdm_gan.sample_batch(real, buffer, share, args) for _ in range(20)])[..., 0]
+    assert first.shape == (20, 512)
+    assert first[:, :num_real].unique().tolist() == [*range(20)]
+    assert first[:, num_real:].unique().tolist() == [*range(100, 130)] * (num_real < 512)
+
+
 def test_a_run_warms_up_then_asks_the_model_and_moves_the_policy_in_every_second_update(tmp_path, monkeypatch):
     seen, rollouts, original, rollout = [], [], sdm_gan.update, sdm_gan.rollout
 
     def spy(agent, dynamics, terminal_fn, *inputs, improve, args):
         seen.append((bool(inputs[3]), bool(improve), len(rollouts)))
+        assert torch.equal(agent.reward_range, sdm_gan.reward_range(torch.tensor(arrays["rewards"]).float()))
         return original(agent, dynamics, terminal_fn, *inputs, improve=improve, args=args)
 
     rng = np.random.default_rng(0)
@@ -428,6 +445,29 @@ def test_a_run_warms_up_then_asks_the_model_and_moves_the_policy_in_every_second
     assert [improve for _, improve, _ in seen] == [False, True] * 4
     assert [count for _, _, count in seen] == [0, 0, 0, 1, 1, 2, 2, 3]
     assert [len(rows) for rows in rollouts] == [50] * 3
+
+
+def test_a_run_moves_the_limit_of_the_critics_loss_when_its_memory_is_full(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    agents, agent_class = [], sdm_gan.Agent
+
+    def short(*inputs):
+        agents.append(agent_class(*inputs))
+        agents[-1].register_buffer("losses", torch.zeros(4))
+        return agents[-1]
+
+    monkeypatch.setattr(sdm_gan, "Agent", short)
+    rng = np.random.default_rng(0)
+    obs, action, next_obs = rng.normal(size=(60, 2)), rng.uniform(-1, 1, (60, 1)), rng.normal(size=(60, 2))
+    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": next_obs}
+    np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(60), timeouts=np.ones(60))
+    args = sdm_gan.Args(
+        dataset=str(tmp_path / "own.npz"), num_updates=6, batch_size=8, num_bootstrap=2, warm_start_updates=1,
+        rollout_batch_size=10, dynamics_max_epochs=1, run_dir=str(tmp_path), compile=False, num_threads=1,
+    )  # fmt: skip
+    sdm_gan.main(args, [])
+    assert agents[0].loss_limit.item() == pytest.approx(950, abs=5)  # once, a twentieth of the way to a few
 
 
 @pytest.mark.parametrize("mode, rank", [("per-state", ACTION_DIM), ("shared", 1)])
