@@ -105,7 +105,7 @@ class Args:
     behaviour_lr: float = 3e-4  # of pi_b's fit
 
 
-TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
+TUNED = {  # for the embedded default a run of two minutes; elsewhere the defaults
     "pendulum/random-v0": dict(
         num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4, alpha_lr=3e-4,
         conservative_coef=0.1, num_samples=2, inverse_updates=5_000, inverse_lr=1e-3, behaviour_updates=5_000,

@@ -109,7 +109,7 @@ class Args:
     transition_lr: float = 1e-3  # of its fit [BEAR code]
 
 
-TUNED = {  # for the embedded default a run of a minute or two; elsewhere the defaults
+TUNED = {  # for the embedded default a run of three minutes; elsewhere the defaults
     "pendulum/random-v0": dict(
         num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4, alpha_lr=3e-4,
         dynamics_max_epochs=30, conservative_coef=0.1, num_samples=2, transition_updates=5_000,

@@ -25,7 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import mopo  # noqa: E402
-from common.dataset import OfflineDataset, load_dataset  # noqa: E402
+from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Args:
     seed: int = 0  # of its script and of the environment
     num_updates: int = 200_000  # a multiple of 1,000
     eval_interval: int = 5_000  # updates, a multiple of 1,000
+    score_evals: int = 10  # the score is the mean of the last so many evaluations
     max_epochs: int | None = None  # of the ensemble's fit
     num_threads: int = 1  # CPU threads
     out: Path = Path("runs/peer")  # folder of its logs and of progress.csv
@@ -135,9 +136,13 @@ def main(args: Args) -> None:
     flags += ["--epoch", str(args.num_updates // 1_000), *args.flags.split()]
     sys.argv = [str(peer / "run_example" / f"run_{args.script}.py"), *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    score = np.mean([row["return_mean"] for row in history[-10:]])
-    print(f"score {score:.1f} (normalised {data.normalised_score(score):.1f}), mean of the last 10 evaluations")
+    last = [row["return_mean"] for row in history[-args.score_evals :]]
+    score = f"{np.mean(last):.1f} (normalised {data.normalised_score(np.mean(last)):.1f})"
+    print(f"score {score}, mean of the last {len(last)} evaluations")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except InputError as error:
+        sys.exit(f"error: {error}")

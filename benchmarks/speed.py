@@ -8,6 +8,7 @@ Run: python benchmarks/speed.py --num-threads 1 --peer path/to/OfflineRL-Kit
 """
 
 import copy
+import ctypes
 import json
 import os
 import platform
@@ -337,12 +338,17 @@ def epoch(parts: dict[str, Callable]) -> int:
     return 1
 
 
-def set_precision(name: str, args: Args) -> None:
-    """Ours as algos/mopo.py sets it, everybody else's as torch leaves it."""
+def set_up(name: str, args: Args) -> None:
+    """Ours as `main` of algos/mopo.py does it, everybody else's as torch and glibc leave it."""
     if name.startswith("ours"):
         mopo.set_matmul_precision(args.matmul_precision, CPU)
+        mopo.keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("highest")
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            # glibc's own thresholds grow with what is freed; these are the largest that they come to
+            for option, value in ((-1, 64 * 2**20), (-3, 32 * 2**20), (-4, 65_536)):
+                libc.mallopt(option, value)
 
 
 def main(args: Args) -> None:
@@ -364,11 +370,11 @@ def main(args: Args) -> None:
             takers.pop("ours, --no-compile")  # rollouts are never compiled
         seconds[work] = {name: [] for name in takers}
         for name, function in takers.items() if work != "epoch" else ():
-            set_precision(name, args)
+            set_up(name, args)
             function()  # compiles, fills caches
         for _ in range(args.repetitions):
             for name, function in takers.items():
-                set_precision(name, args)
+                set_up(name, args)
                 start = time.perf_counter()
                 count = function()
                 seconds[work][name].append((time.perf_counter() - start) / count)

@@ -115,6 +115,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OFFLINE_MBRL_CACHE") or Path(user_cache, "offline-mbrl")).expanduser()
 
 
+def make_cache_folder(folder: Path) -> None:
+    """Raises InputError when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write").touch()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
+
+
 def load_dataset(
     name: str, device: torch.device | str = "cpu", env_id: str | None = None, classic_successors: bool = False
 ) -> OfflineDataset:

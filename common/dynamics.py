@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir
+from common.dataset import InputError, OfflineDataset, cache_dir, make_cache_folder
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 FILE_VERSION = 1  # raise it when a change makes older cached ensembles wrong
@@ -251,7 +251,7 @@ def load_or_fit(
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
     verb = "reused"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(file.parent)
         lock = FileLock(file.with_suffix(".lock"))
         try:
             with lock.acquire(blocking=False):

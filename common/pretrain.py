@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir
+from common.dataset import InputError, OfflineDataset, cache_dir, make_cache_folder
 from common.dynamics import save
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
@@ -54,7 +54,7 @@ def load_or_train(
         net = make().to(rows.device)
     verb = "reused"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(file.parent)
         lock = FileLock(file.with_suffix(".lock"))
         try:
             with lock.acquire(blocking=False):

@@ -54,6 +54,13 @@ def test_the_second_call_reuses_it_and_draws_the_same_numbers(capsys):
     assert "line, reused" in capsys.readouterr().out
 
 
+def test_a_cache_that_cannot_be_written_is_said_with_the_variable_that_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot write to .*/file/pretrained .*set OFFLINE_MBRL_CACHE"):
+        call()
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"num_updates": 1_400}, {"lr": 0.01}, {"settings": {"width": 2}}])
 def test_other_settings_are_trained_anew(change):
     call()
