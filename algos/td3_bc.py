@@ -223,7 +223,7 @@ def update(agent: Agent, rows: Tensor, noise: Tensor, improve: bool, args: Args)
 
 # --- Batches ---
 def standardise(data: OfflineDataset, actor: Actor) -> OfflineDataset:
-    """The data with observations of mean 0 and deviation 1; the actor keeps both numbers. A constant is only centred."""
+    """The data with observations of mean 0 and deviation 1, constants only centred; the actor keeps both numbers."""
     std, mean = torch.std_mean(data.obs, dim=0)
     actor.obs_mean.copy_(mean)
     actor.obs_std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
