@@ -154,6 +154,10 @@ def read_grid(args: Args) -> tuple[str, list[dict]]:
         block |= {"dataset": list(args.dataset)} if args.dataset else {}
         for text in args.set:
             name, equals, values = text.partition("=")
+            if name in ("seed", "dataset"):
+                raise InputError(
+                    f"--set {text}: give it as --{name}{'s' * (name == 'seed')}, with a blank between values"
+                )
             if not equals or name in block:
                 raise InputError(f"--set {text}: write name=value or name=value,value, and every name once")
             values = [{"true": True, "false": False}.get(value, value) for value in values.split(",")]
@@ -268,7 +272,8 @@ def num_workers(args: Args) -> int:
     workers = args.workers or max(1, min(cores // args.threads, fit))
     if workers > fit:
         need = f"--workers {workers} needs {workers * args.memory_per_worker:,.1f} GB of memory (--memory-per-worker)"
-        raise InputError(f"{need} and {available_gb():.1f} GB are available: the largest number that fits is {fit}")
+        largest = f"the largest number that fits is {fit}" if fit else "lower --memory-per-worker"
+        raise InputError(f"{need} and {available_gb():.1f} GB are available: {largest}")
     return workers
 
 

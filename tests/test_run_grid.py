@@ -128,9 +128,13 @@ def test_a_grid_that_cannot_be_run_is_refused_with_one_sentence(home, text, word
     assert not Path("runs").exists()
 
 
-def test_more_workers_than_memory_are_refused(home):
+def test_more_workers_than_memory_and_axes_that_have_a_flag_are_refused(home):
     with pytest.raises(InputError, match="the largest number that fits is"):
         run.main(run.Args(grid=write_grid(home, ""), workers=100_000))
+    with pytest.raises(InputError, match="lower --memory-per-worker"):
+        run.main(run.Args(grid=write_grid(home, ""), memory_per_worker=1e6))
+    with pytest.raises(InputError, match="--set seed=0,1: give it as --seeds,"):
+        run.main(run.Args(script="mopo", set=("seed=0,1",)))
 
 
 # --- What happens to runs ---
