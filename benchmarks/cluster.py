@@ -49,9 +49,8 @@ def run_on_ray(runs: list, failed: dict, view, args) -> None:
     need = {"CPU": args.threads, "GPU": args.gpus_per_run, "memory": int(args.memory_per_worker * 1e9)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in need.items()) for node in nodes):
-        raise InputError(
-            f"no node of the Ray cluster has what a run needs, {need}: lower --threads, --memory-per-worker or --gpus-per-run"
-        )
+        smaller = "lower --threads, --memory-per-worker or --gpus-per-run"
+        raise InputError(f"no node of the Ray cluster has what a run needs, {need}: {smaller}")
     options = {"num_cpus": need["CPU"], "num_gpus": need["GPU"], "memory": need["memory"]}
     tasks, logs = {}, {run: run.lock() for run in runs}  # locked up to the end: two starts never do the same work
     for run, log in logs.items():
