@@ -493,12 +493,15 @@ def report_csv(cells: list[Cell]) -> str:
 
 
 def readme_table(cells: list[Cell]) -> str:
-    """The scripts with the settings that they have for each dataset, no variants."""
-    rows = []
-    for cell in sorted(cells, key=lambda cell: (cell.algo, cell.dataset)):
+    """Every script on every dataset with its own settings, or where it was run with others alone, the least changed."""
+    shown, rows = {}, []
+    for cell in sorted(cells, key=lambda cell: (cell.algo, cell.dataset, cell.variant.count("="), cell.variant)):
+        shown.setdefault((cell.algo, cell.dataset), cell)
+    for cell in shown.values():
+        name = f"[{cell.algo}.py](algos/{cell.algo}.py)" + f" {cell.variant}" * bool(cell.variant)
         score, returns = mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"], 0)
-        row = [f"[{cell.algo}.py](algos/{cell.algo}.py)", cell.dataset, cell.updates, f"{score} ({len(cell.runs)})"]
-        rows += [] if cell.variant else [[*row, returns, number(cell.facts["data_return"].mean(), 0)]]
+        row = [name, cell.dataset, cell.updates, f"{score} ({len(cell.runs)})"]
+        rows.append([*row, returns, number(cell.facts["data_return"].mean(), 0)])
     return table("script, dataset, updates, score (seeds), return, the data's mean return", rows)
 
 

@@ -167,6 +167,21 @@ def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_se
     assert call(tmp_path)["a/v0", ""]["seeds"] == "3"
 
 
+def test_the_readme_shows_a_scripts_own_settings_or_where_there_are_none_the_least_changed(tmp_path):
+    for variant, dataset in (("", "a/v0"), ("tau=1", "a/v0"), ("tau=1,gamma=0.9", "b/v0"), ("tau=2", "b/v0")):
+        name = f"{dataset.replace('/', '-')}__mopo__{variant}__0".replace("____", "__")
+        make_run(tmp_path / "g" / name, [1, 2], dataset=dataset)
+    (tmp_path / "x.md").write_text("before\n<!-- scores -->\nold\n<!-- /scores -->\nafter\n")
+    call(tmp_path, tmp_path / "g", readme=tmp_path / "x.md")
+    text = (tmp_path / "x.md").read_text()
+    assert text.startswith("before\n<!-- scores -->\n") and text.endswith("<!-- /scores -->\nafter\n")
+    script = "| [mopo.py](algos/mopo.py)"
+    assert [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| [")] == [
+        [script, "a/v0"],
+        [f"{script} tau=2", "b/v0"],
+    ]
+
+
 def test_many_variants_of_one_method_are_drawn(tmp_path):
     for i in range(11):
         make_run(tmp_path / "g" / f"a-v0__mopo__tau=0.{i}__0", [1, 2])
