@@ -11,7 +11,7 @@ actions; the squared error of its samples, the code's, drives its deviation to z
 [2] Its mean and its deviation have a head each (the code reads the mean twice: --std-head shared). [3] beta is in
 standard deviations of the observations, and I reads them standardised, the change s' - s too. [4] --kl forward is the
 text's direction, the default the code's. [5] The actor's learning rate falls along a cosine and alpha stays below 1.
-[6] Fitted to its end I knows some actions to 0.007, others to 0.5, and the divergence heeds the former alone: --min-std.
+[6] Fitted to its end I knows some actions to 0.007, others to 0.5, and the divergence heeds the former only: --min-std.
 Run: python algos/osr.py
      python algos/osr.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
