@@ -119,7 +119,7 @@ def make_cache_folder(folder: Path) -> None:
     """Raises InputError when nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write").touch()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
 
