@@ -159,7 +159,7 @@ def best_episodes(data: OfflineDataset, fraction: float) -> Tensor:
 
 
 def standardise(data: OfflineDataset, actor: Actor) -> OfflineDataset:
-    """The data with observations of mean 0 and deviation 1; the actor keeps both numbers. A constant stays as it is."""
+    """The data with observations of mean 0 and deviation 1, constants only centred; the actor keeps both numbers."""
     std, mean = torch.std_mean(data.obs, dim=0)
     actor.obs_mean.copy_(mean)
     actor.obs_std.copy_(torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
