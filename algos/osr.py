@@ -362,7 +362,7 @@ def update(agent: Agent, prior: nn.Module, rows, noise, proposal_noise, obs_nois
     with torch.no_grad():
         if args.target == "inverse":
             mean, log_std, *_ = prior(perturbed, next_obs, latent_noise)
-            law = mean, log_std.clamp(min=math.log(max(args.min_std, 1e-8)))  # [6]
+            law = mean, log_std.clamp(min=math.log(max(args.min_std, 1e-6)))  # [6]
         else:
             law = gaussian(prior, perturbed)
     # an end without a logged successor has a copy of its state in next_obs: standing still would be wanted there
