@@ -11,7 +11,8 @@ actions; the squared error of its samples, the code's, drives its deviation to z
 [2] Its mean and its deviation have a head each (the code reads the mean twice: --std-head shared). [3] beta is in
 standard deviations of the observations, and I reads them standardised, the change s' - s too. [4] --kl forward is the
 text's direction, the default the code's. [5] The actor's learning rate falls along a cosine and alpha stays below 1.
-[6] Fitted to its end I knows some actions to 0.007, others to 0.5, and the divergence heeds the former only: --min-std.
+[6] Fitted to its end I knows some actions to 0.007, others to 0.5, and the divergence, which weighs errors by the
+inverse square, would heed the former only: it takes a deviation of 0.2 at least (--min-std).
 Run: python algos/osr.py
      python algos/osr.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -92,7 +93,7 @@ class Args:
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     recovery_coef: float = 0.5  # lambda, weight of the divergence [OSR code]; 0 is CQL
     target: Literal["inverse", "behaviour"] = "inverse"  # I(.|s^,s'), or for comparison a behaviour model at s^
-    min_std: float = 0.0  # least deviation of I in the divergence, which weighs errors by its inverse square [6]
+    min_std: float = 0.2  # least deviation of I in the divergence [6]; 0: as fitted
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi) [paper] [4]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
     conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic

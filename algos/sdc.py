@@ -4,15 +4,15 @@ What to do in a state that the data do not cover? Go where the data go on. SDC p
 s^ = s + beta eps, lets a dynamics ensemble say where the policy leads from there, and compares with a model U of what
 follows the clean state in the data. The policy maximises Q under the constraint
 
-    mean_s MMD[ U(.|s), Dyn(.|s^, pi(s^)) ] <= eta                           mmd()
+    mean_s MMD[ U(.|s), Dyn(.|s^, pi(s^)) ] <= MMD_0 + eta                   mmd()
 
 by dual gradient descent on a multiplier kappa. The critic is CQL's, or SAC's. No code was released; settings that name
 no source below are choices.
-Choices: [1] U is a variational model of the change s' - s. [2] beta, eta and the kernel are in standard deviations of
-the observations; the kernel's width is the median distance between a sample of U and the logged s'. [3] eta is by
-default the MMD that the logged action alone has at the unperturbed state, against all that U expects there: the wider
-the data, the looser. [4] The MMD is the root of its biased estimate, as in BEAR's code. [5] The actor's learning rate
-falls along a cosine and alpha stays below 1.
+Choices: [1] U is a variational model of the change s' - s; with BEAR's weight of its latent variable's KL, 0.5, that
+variable goes unused on some data and U knows the mean alone. [2] beta and the kernel are in standard deviations of the
+observations; the kernel's width is the median distance between a sample of U and the logged s'. [3] The MMD is the root
+of its biased estimate, as in BEAR's code, in which even two sets of samples of U are far from 0: MMD_0 is what they
+have. [4] The actor's learning rate falls along a cosine and alpha stays below 1.
 Run: python algos/sdc.py
      python algos/sdc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -89,14 +89,14 @@ class Args:
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [CQL code]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [5]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [4]
     critic_lr: float = 3e-4  # [CQL code]
     alpha_lr: float = 1e-4  # [CQL code]
-    max_alpha: float = 1.0  # upper bound of the temperature [5]; inf: none
+    max_alpha: float = 1.0  # upper bound of the temperature [4]; inf: none
     target_entropy: float | None = None  # by default -action_dim
     # --- The method ---
     noise_scale: float = 3e-3  # beta, of the perturbed states [2, SCAS code]
-    eta: float | None = None  # largest mean MMD; by default that of the logged actions [3]
+    eta: float = 0.05  # how far the mean MMD may be above MMD_0 [3, BEAR code]
     multiplier: float | None = None  # kappa, when it is not to be learned
     multiplier_lr: float = 1e-3  # of kappa's logarithm [BEAR code]
     mmd_samples: int = 10  # next states of either side
@@ -104,7 +104,7 @@ class Args:
     normalise_q: bool = False  # divide SAC's part by mean |Q|
     conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
-    latent_coef: float = 0.5  # weight of the latent variable's KL in the transition model [BEAR code]
+    latent_coef: float = 0.05  # weight of the latent variable's KL in the transition model [1]
     transition_updates: int = 50_000  # of the transition model
     transition_lr: float = 1e-3  # of its fit [BEAR code]
 
@@ -240,7 +240,7 @@ class Agent(nn.Module):
         self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
         self.log_kappa = nn.Parameter(torch.tensor(0.0))
         self.kappa_opt = Adam([self.log_kappa], args.multiplier_lr)
-        for name, value in (("obs_std", torch.ones(obs_dim)), ("bandwidth", torch.ones(())), ("eta", torch.zeros(()))):
+        for name, value in (("obs_std", torch.ones(obs_dim)), ("bandwidth", torch.ones(())), ("floor", torch.zeros(()))):
             self.register_buffer(name, value, persistent=False)  # of the data, by `calibrate`
 
 
@@ -259,7 +259,7 @@ def perturb(obs: Tensor, obs_std: Tensor, noise: Tensor, noise_scale: float) -> 
     return obs + noise_scale * obs_std * noise
 
 
-#     MMD^2 = mean k(x,x') + mean k(y,y') - 2 mean k(x,y),   k(x,y) = exp( - |x - y|^2 / (2 h^2) )       [4]
+#     MMD^2 = mean k(x,x') + mean k(y,y') - 2 mean k(x,y),   k(x,y) = exp( - |x - y|^2 / (2 h^2) )       [3]
 def mmd(x: Tensor, y: Tensor, bandwidth: Tensor) -> Tensor:
     """x: (n, batch, obs_dim), y: (m, batch, obs_dim). Returns (batch,)."""
 
@@ -325,9 +325,9 @@ def critic_loss(critic, target_critic, actor, batch, noise, gamma, samples, log_
     return (q - target_q).square().mean(dim=1).sum() + coef * gap, info
 
 
-#     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] + kappa (MMD - eta),   a ~ pi(.|s) reparameterised
+#     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] + kappa excess,   a ~ pi(.|s) reparameterised
 def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor, excess: Tensor, kappa, normalise_q: bool):
-    """excess: MMD - eta, a scalar"""
+    """excess: MMD - MMD_0 - eta, a scalar"""
     action, log_prob = actor(obs, noise)
     q = critic(obs, action).amin(dim=0)  # (batch,)
     scale = 1 / q.abs().mean().detach() if normalise_q else 1.0
@@ -357,13 +357,13 @@ def update(agent: Agent, transition, dynamics, rows, noise, proposal_noise, obs_
     policy_action, _ = agent.actor(perturbed, action_noise)  # (n, batch, action_dim)
     distance = deviation(agent, transition, dynamics, obs, perturbed, policy_action, *next_noise)
     kappa = agent.log_kappa.detach().exp() if args.multiplier is None else args.multiplier
-    method = distance - agent.eta, kappa, args.normalise_q
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1], *method)
+    excess = distance - agent.floor - args.eta
+    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1], excess, kappa, args.normalise_q)
     agent.actor_opt.minimize(loss_pi)
     info_pi |= {"mmd": distance.detach(), "kappa": torch.as_tensor(kappa, device=rows.device).clone()}
-    # multiplier:  L_kappa = - kappa (MMD - eta)
+    # multiplier:  L_kappa = - kappa excess
     if args.multiplier is None:
-        agent.kappa_opt.minimize(-agent.log_kappa.exp() * (distance.detach() - agent.eta))
+        agent.kappa_opt.minimize(-agent.log_kappa.exp() * excess.detach())
         with torch.no_grad():
             agent.log_kappa.clamp_(-5, 10)  # [BEAR code]
     # temperature
@@ -402,8 +402,8 @@ def transition_model(data: OfflineDataset, args: Args) -> TransitionModel:
 
 
 @torch.no_grad()
-def calibrate(agent: Agent, transition: TransitionModel, dynamics: Dynamics, data: OfflineDataset, args: Args) -> None:
-    """Sets the kernel's bandwidth and eta from logged transitions [2, 3].
+def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, args: Args) -> None:
+    """Sets the kernel's bandwidth and MMD_0 from U at logged states [2, 3].
 
     Raises InputError where the constraint would say nothing: when the kernel is next to 0 or 1 everywhere.
     """
@@ -416,9 +416,11 @@ def calibrate(agent: Agent, transition: TransitionModel, dynamics: Dynamics, dat
 
     known = data.successor_known.nonzero().squeeze(1)
     at = known[torch.randint(len(known), (1_000,), device=known.device, generator=generator)]
-    obs, action, next_obs, n = data.obs[at], data.action[at], data.next_obs[at], args.mmd_samples
     agent.obs_std.copy_(transition.obs_std)
-    distance = ((transition.sample(obs, randn(1_000, transition.latent_dim)) - next_obs) / agent.obs_std).norm(dim=-1)
+    shape = args.mmd_samples, len(at), data.obs.shape[1]
+    obs, next_obs = data.obs[at].expand(shape), data.next_obs[at] / agent.obs_std
+    one, other = (transition.sample(obs, randn(*shape[:2], transition.latent_dim)) / agent.obs_std for _ in range(2))
+    distance = (one[0] - next_obs).norm(dim=-1)
     agent.bandwidth.copy_(distance.median() if args.bandwidth is None else torch.tensor(args.bandwidth))
     kernel = (-distance.square() / (2 * agent.bandwidth.square())).exp().mean().item()
     if not 0.01 < kernel < 0.99:
@@ -426,11 +428,10 @@ def calibrate(agent: Agent, transition: TransitionModel, dynamics: Dynamics, dat
             f"the kernel is {kernel:.3f} on average, so that the constraint says nothing: choose another --bandwidth, "
             f"distances are about {distance.median():.3g}"
         )
-    order = torch.randperm(n * len(at), device=known.device, generator=generator)
-    noise = randn(n, len(at), transition.latent_dim), order, randn(n * len(at), data.obs.shape[1] + 1)
-    usual = deviation(agent, transition, dynamics, obs, obs, action.expand(n, -1, -1), *noise)
-    agent.eta.copy_(usual if args.eta is None else torch.tensor(args.eta))
-    print(f"constraint  MMD <= {agent.eta:.3f}, logged actions have {usual:.3f}, bandwidth {agent.bandwidth:.3g}")
+    agent.floor.copy_(mmd(one, other, agent.bandwidth).mean())
+    print(f"constraint  MMD <= {agent.floor:.3f} + {args.eta:.3g}, bandwidth {agent.bandwidth:.3g}")
+    spread = ((one - other).square().sum(dim=-1).mean() / distance.square().mean()).sqrt()
+    print(f"transition  samples of U lie {spread:.2f} times as far apart as from logged successors (right: 1, collapsed: 0)")
 
 
 # --- Evaluation ---
@@ -672,7 +673,7 @@ def main(args: Args, notes: list[str]) -> None:
 
     # agent
     agent = Agent(obs_dim, action_dim, args).to(device)
-    calibrate(agent, transition, dynamics, data, args)
+    calibrate(agent, transition, data, args)
     step = compiled(lambda *inputs: update(agent, transition, dynamics, *inputs, args=args), args, device)
     progress = {"update": 0, "seconds": 0.0, "history": []}
     if args.resume and (run / "checkpoint.pt").exists():
@@ -692,7 +693,7 @@ def main(args: Args, notes: list[str]) -> None:
 
     # training
     for i in range(first + 1, args.num_updates + 1):
-        if args.actor_lr_schedule == "cosine":  # [5]
+        if args.actor_lr_schedule == "cosine":  # [4]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
         noise = torch.randn(2, args.batch_size, action_dim, device=device)
         proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=device)

@@ -46,7 +46,7 @@ def sdc_agent(args, dtype=torch.float64):
     agent = random_agent(sdc, args, dtype)
     agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
     agent.bandwidth.fill_(1.3)
-    agent.eta.fill_(0.4)
+    agent.floor.fill_(0.4)
     return agent
 
 
@@ -164,29 +164,23 @@ class Exact:
         return 0.9 * obs + 0.1 * (self.centre + self.half * action), noise[:, -1]
 
 
-def test_calibration_takes_width_and_eta_from_logged_actions_and_policies_that_go_elsewhere_exceed_eta(linear, capsys):
+def test_calibration_takes_width_and_floor_from_u_and_the_log_s_own_actions_meet_the_bound(linear, capsys):
     data, transition = linear
     args = sdc.Args(mmd_samples=10)
     agent = sdc.Agent(1, 1, args)
-    sdc.calibrate(agent, transition, Exact(data), data, args)
-    assert "constraint  MMD <=" in capsys.readouterr().out
+    sdc.calibrate(agent, transition, data, args)
+    assert "constraint  MMD <=" in (out := capsys.readouterr().out)
+    assert 0.8 < float(out.split("samples of U lie ")[1].split()[0]) < 1.1
     assert agent.obs_std.item() == pytest.approx(data.obs.std().item(), rel=1e-4)
     # the same draws, by the seed
     generator = torch.Generator().manual_seed(0)
     at = torch.randint(4_000, (1_000,), generator=generator)
-    obs, action, next_obs = data.obs[at], data.action[at], data.next_obs[at]
-    usual = transition.sample(obs, torch.randn(1_000, 2, generator=generator))
-    width = np.median(np.abs((usual - next_obs).numpy()) / agent.obs_std.item())
+    latents = [torch.randn(10, 1_000, 2, generator=generator) for _ in range(2)]
+    x, y = (transition.sample(data.obs[at].expand(10, -1, -1), z).numpy() / agent.obs_std.item() for z in latents)
+    width = np.median(np.abs(x[0] - data.next_obs[at].numpy() / agent.obs_std.item()))
     assert agent.bandwidth.item() == pytest.approx(width, rel=2e-3)
-    torch.randperm(10_000, generator=generator)
-    latent = torch.randn(10, 1_000, 2, generator=generator)
-
-    def one(i: int) -> float:
-        x = transition.sample(obs[i].expand(10, 1), latent[:, i])
-        y = Exact(data).step(obs[i].expand(10, 1), action[i].expand(10, 1), None, latent[:, i])[0]
-        return numpy_mmd(x.numpy() / agent.obs_std.item(), y.numpy() / agent.obs_std.item(), agent.bandwidth.item())
-
-    assert agent.eta.item() == pytest.approx(np.mean([one(i) for i in range(1_000)]), rel=1e-3)
+    floor = np.mean([numpy_mmd(x[:, i], y[:, i], agent.bandwidth.item()) for i in range(1_000)])
+    assert agent.floor.item() == pytest.approx(floor, rel=1e-3)
 
     def distance(shift: float) -> float:
         obs, action = data.obs[:500], data.action[torch.randint(len(data.action), (10, 500))]
@@ -195,15 +189,23 @@ def test_calibration_takes_width_and_eta_from_logged_actions_and_policies_that_g
 
     torch.manual_seed(0)
     assert distance(0.0) < distance(0.1) < distance(0.4)
-    assert distance(0.0) < 1.2 * agent.eta.item() < distance(0.4)
-    sdc.calibrate(agent, transition, Exact(data), data, sdc.Args(eta=0.05, bandwidth=0.1))
-    assert (agent.eta.item(), agent.bandwidth.item()) == pytest.approx((0.05, 0.1))
+    assert distance(0.0) < agent.floor.item() + args.eta < distance(0.1)
+    sdc.calibrate(agent, transition, data, sdc.Args(bandwidth=0.1))
+    assert agent.bandwidth.item() == pytest.approx(0.1)
+
+
+def test_calibration_shows_a_transition_model_whose_latent_variable_is_not_used(linear, capsys):
+    data, _ = linear
+    sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), SimpleNamespace(
+        obs_std=data.obs.std(dim=0), latent_dim=2, sample=lambda obs, noise: 0.9 * obs + 1e-3 * noise[..., :1]
+    ), data, sdc.Args())  # fmt: skip
+    assert float(capsys.readouterr().out.split("samples of U lie ")[1].split()[0]) < 0.1
 
 
 def test_an_infinite_eta_is_refused_with_the_flag_that_means_it(linear):
     data, transition = linear
     with pytest.raises(InputError, match="--multiplier 0"):
-        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, Exact(data), data, sdc.Args(eta=math.inf))
+        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, data, sdc.Args(eta=math.inf))
 
 
 def test_a_policy_that_does_as_the_log_does_has_no_deviation_where_all_is_determined_and_more_the_further_off_it_is():
@@ -229,13 +231,13 @@ def test_a_policy_that_does_as_the_log_does_has_no_deviation_where_all_is_determ
 def test_a_kernel_that_says_nothing_is_refused(bandwidth, linear):
     data, transition = linear
     with pytest.raises(InputError, match="--bandwidth"):
-        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, Exact(data), data, sdc.Args(bandwidth=bandwidth))
+        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, data, sdc.Args(bandwidth=bandwidth))
 
 
 # --- Update ---
 @pytest.mark.parametrize("normalise_q", [False, True])
 def test_actor_loss_and_mmd_are_those_of_numpy(normalise_q):
-    args = sdc.Args(noise_scale=0.2, multiplier=0.7, num_samples=4, critic_lr=1e-12, normalise_q=normalise_q)
+    args = sdc.Args(noise_scale=0.2, multiplier=0.7, num_samples=4, critic_lr=1e-12, normalise_q=normalise_q, eta=0.1)
     agent, (transition, dynamics), batch = sdc_agent(args), models(), random_batch()
     noise, proposal_noise = random_noise()
     extra = obs_noise, action_noise, latent_noise, order, model_noise = method_noise()
@@ -251,7 +253,7 @@ def test_actor_loss_and_mmd_are_those_of_numpy(normalise_q):
     info = sdc.update(agent, transition, dynamics, as_rows(batch), noise, proposal_noise, *extra, args=args)
     assert info["mmd"].item() == pytest.approx(distance, rel=1e-6)
     sac = (log_prob - q).mean() / (np.abs(q).mean() if normalise_q else 1)
-    assert info["actor_loss"].item() == pytest.approx(sac + 0.7 * (distance - 0.4), rel=1e-6)
+    assert info["actor_loss"].item() == pytest.approx(sac + 0.7 * (distance - 0.4 - 0.1), rel=1e-6)
 
 
 def test_the_constraint_pulls_at_the_policy_through_the_ensemble():
@@ -264,10 +266,10 @@ def test_the_constraint_pulls_at_the_policy_through_the_ensemble():
 
 
 @pytest.mark.parametrize("eta, sign", [(0.0, 1), (5.0, -1)])
-def test_the_multiplier_grows_above_eta_and_shrinks_below_to_its_bound(eta, sign):
-    args = sdc.Args(num_samples=4, multiplier_lr=0.1)
+def test_the_multiplier_grows_above_the_bound_and_shrinks_below(eta, sign):
+    args = sdc.Args(num_samples=4, multiplier_lr=0.1, eta=eta)
     agent, nets = sdc_agent(args), models()
-    agent.eta.fill_(eta)
+    agent.floor.fill_(0.0)
     for _ in range(2):
         info = sdc.update(agent, *nets, as_rows(random_batch()), *random_noise(), *method_noise(), args=args)
     assert sign * agent.log_kappa.item() == pytest.approx(0.2, rel=0.01)
