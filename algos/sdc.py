@@ -240,8 +240,8 @@ class Agent(nn.Module):
         self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
         self.log_kappa = nn.Parameter(torch.tensor(0.0))
         self.kappa_opt = Adam([self.log_kappa], args.multiplier_lr)
-        for name, value in (("obs_std", torch.ones(obs_dim)), ("bandwidth", torch.ones(())), ("floor", torch.zeros(()))):
-            self.register_buffer(name, value, persistent=False)  # of the data, by `calibrate`
+        for name, shape in (("obs_std", obs_dim), ("bandwidth", ()), ("floor", ())):
+            self.register_buffer(name, torch.ones(shape), persistent=False)  # of the data, by `calibrate`
 
 
 # --- The method ---
@@ -431,7 +431,7 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
     agent.floor.copy_(mmd(one, other, agent.bandwidth).mean())
     print(f"constraint  MMD <= {agent.floor:.3f} + {args.eta:.3g}, bandwidth {agent.bandwidth:.3g}")
     spread = ((one - other).square().sum(dim=-1).mean() / distance.square().mean()).sqrt()
-    print(f"transition  samples of U lie {spread:.2f} times as far apart as from logged successors (right: 1, collapsed: 0)")
+    print(f"transition  samples of U lie {spread:.2f} times as far apart as from logged ones (right: 1, collapsed: 0)")
 
 
 # --- Evaluation ---
