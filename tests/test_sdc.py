@@ -153,6 +153,14 @@ def test_the_transition_model_has_the_mean_and_the_spread_of_the_data(linear):
         assert sample.std().item() == pytest.approx(0.09 / math.sqrt(3), rel=0.35)
 
 
+def test_without_the_latent_variables_kl_the_transition_model_rebuilds_what_it_has_seen(linear):
+    data, _ = linear
+    args = sdc.Args(transition_updates=1_000, latent_coef=0.0, compile=False)
+    transition = sdc.transition_model(data, args)
+    noise = torch.randn(len(data.obs), transition.latent_dim, generator=torch.Generator().manual_seed(0))
+    assert sdc.transition_loss(transition, data.obs, data.next_obs, noise, 0.0).item() < 2e-3  # of a variance of 1
+
+
 class Exact:
     """The linear system as an ensemble."""
 
