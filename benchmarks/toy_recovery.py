@@ -112,12 +112,12 @@ SDC = (
 )
 RUNS = {  # name of a contestant -> script and settings; the first three are drawn
     "SAC+BC": f"sac_bc {BEHAVIOUR}",
-    "OSR": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-3",
+    "OSR": f"{OSR} --noise-scale 0.3 --recovery-coef 0.1",
     "SDC": f"{SDC} --noise-scale 0.3",
-    "OSR, default noise": f"{OSR} --recovery-coef 1e-3",
+    "OSR, default noise": f"{OSR} --recovery-coef 0.1",
     "SDC, default noise": SDC,
     "OSR, default lambda": f"{OSR} --noise-scale 0.3",
-    "OSR, lambda 1e-4": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-4",
+    "OSR, I as fitted": f"{OSR} --noise-scale 0.3 --recovery-coef 1e-3 --min-std 0",
     "SAC+BC, at s^": f"{OSR} --target behaviour --noise-scale 0.3 --recovery-coef 0.1 {BEHAVIOUR}",
 }
 COLORS = {"SAC+BC": "C0", "OSR": "C1", "SDC": "C2"}
