@@ -7,12 +7,12 @@ inverse dynamics model I which action leads from s^ to the logged next state s',
 
 added to the policy's loss of CQL. I is fitted first, a variational model whose latent variable sees (s, s').
 Departures from the released code, which does not run as published: [1] I is fitted by the likelihood of logged
-actions; the squared error of its samples, the code's, drives its deviation to zero and the divergence to infinity.
+actions; the squared error of its samples, the code's, drives its deviation to its bound and the divergence to hundreds.
 [2] Its mean and its deviation have a head each (the code reads the mean twice: --std-head shared). [3] beta is in
 standard deviations of the observations, and I reads them standardised, the change s' - s too. [4] --kl forward is the
 text's direction, the default the code's. [5] The actor's learning rate falls along a cosine and alpha stays below 1.
-[6] Fitted to its end I knows some actions to 0.007, others to 0.5, and the divergence, which weighs errors by the
-inverse square, would heed the former only: it takes a deviation of 0.2 at least (--min-std).
+[6] Fitted to its end I knows some of Hopper's actions to 0.007, others to 0.5, and the divergence, which weighs errors
+by the inverse square, would heed the former only: it takes a deviation of 0.2 at least (--min-std).
 Run: python algos/osr.py
      python algos/osr.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -93,7 +93,7 @@ class Args:
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     recovery_coef: float = 0.5  # lambda, weight of the divergence [OSR code]; 0 is CQL
     target: Literal["inverse", "behaviour"] = "inverse"  # I(.|s^,s'), or for comparison a behaviour model at s^
-    min_std: float = 0.2  # least deviation of I in the divergence [6]; 0: as fitted
+    min_std: float = 0.2  # least deviation of the wanted actions [6]; 0: as fitted
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi) [paper] [4]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
     conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic
@@ -363,9 +363,9 @@ def update(agent: Agent, prior: nn.Module, rows, noise, proposal_noise, obs_nois
     with torch.no_grad():
         if args.target == "inverse":
             mean, log_std, *_ = prior(perturbed, next_obs, latent_noise)
-            law = mean, log_std.clamp(min=math.log(max(args.min_std, 1e-6)))  # [6]
         else:
-            law = gaussian(prior, perturbed)
+            mean, log_std = gaussian(prior, perturbed)
+        law = mean, log_std.clamp(min=math.log(max(args.min_std, 1e-6)))  # [6]
     # an end without a logged successor has a copy of its state in next_obs: standing still would be wanted there
     known = 1 - terminal * (next_obs == obs).all(dim=-1, keepdim=True)
     kl = recovery(agent.actor, law, perturbed, known, args.kl)

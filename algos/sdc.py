@@ -11,8 +11,8 @@ no source below are choices.
 Choices: [1] U is a variational model of the change s' - s; with BEAR's weight of its latent variable's KL, 0.5, that
 variable goes unused on some data and U knows the mean alone. [2] beta and the kernel are in standard deviations of the
 observations; the kernel's width is the median distance between a sample of U and the logged s'. [3] The MMD is the root
-of its biased estimate, as in BEAR's code, in which even two sets of samples of U are far from 0: MMD_0 is what they
-have. [4] The actor's learning rate falls along a cosine and alpha stays below 1.
+of its biased estimate, as in BEAR's code, in which even two sets of samples of U are far from 0, the further the fewer
+they are: MMD_0 is what they have. [4] The actor's learning rate falls along a cosine and alpha stays below 1.
 Run: python algos/sdc.py
      python algos/sdc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -240,7 +240,7 @@ class Agent(nn.Module):
         self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
         self.log_kappa = nn.Parameter(torch.tensor(0.0))
         self.kappa_opt = Adam([self.log_kappa], args.multiplier_lr)
-        for name, shape in (("obs_std", obs_dim), ("bandwidth", ()), ("floor", ())):
+        for name, shape in (("obs_std", obs_dim), ("bandwidth", ()), ("mmd_0", ())):
             self.register_buffer(name, torch.ones(shape), persistent=False)  # of the data, by `calibrate`
 
 
@@ -357,7 +357,7 @@ def update(agent: Agent, transition, dynamics, rows, noise, proposal_noise, obs_
     policy_action, _ = agent.actor(perturbed, action_noise)  # (n, batch, action_dim)
     distance = deviation(agent, transition, dynamics, obs, perturbed, policy_action, *next_noise)
     kappa = agent.log_kappa.detach().exp() if args.multiplier is None else args.multiplier
-    excess = distance - agent.floor - args.eta
+    excess = distance - agent.mmd_0 - args.eta
     loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1], excess, kappa, args.normalise_q)
     agent.actor_opt.minimize(loss_pi)
     info_pi |= {"mmd": distance.detach(), "kappa": torch.as_tensor(kappa, device=rows.device).clone()}
@@ -428,8 +428,8 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
             f"the kernel is {kernel:.3f} on average, so that the constraint says nothing: choose another --bandwidth, "
             f"distances are about {distance.median():.3g}"
         )
-    agent.floor.copy_(mmd(one, other, agent.bandwidth).mean())
-    print(f"constraint  MMD <= {agent.floor:.3f} + {args.eta:.3g}, bandwidth {agent.bandwidth:.3g}")
+    agent.mmd_0.copy_(mmd(one, other, agent.bandwidth).mean())
+    print(f"constraint  MMD <= {agent.mmd_0:.3f} + {args.eta:.3g}, bandwidth {agent.bandwidth:.3g}")
     spread = ((one - other).square().sum(dim=-1).mean() / distance.square().mean()).sqrt()
     print(f"transition  samples of U lie {spread:.2f} times as far apart as from logged ones (right: 1, collapsed: 0)")
 

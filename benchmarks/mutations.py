@@ -34,12 +34,15 @@ class Args:
 
 
 def read_table(args: Args) -> list[dict[str, str]]:
-    """Raises InputError when a text to replace does not stand in its file exactly once."""
+    """Raises InputError when a text to replace does not stand in its file exactly once, or a test is gone."""
     mistakes = tomllib.loads(Path(args.table).read_text())["mistake"]
     for row in mistakes:
         count = (ROOT / row["file"]).read_text().count(row["old"])
         if count != 1:
             raise InputError(f"{row['file']} holds {row['old']!r} {count} times: bring {args.table} up to date")
+        file, _, test = row["test"].split("[")[0].partition("::")
+        if test and f"def {test}(" not in (ROOT / file).read_text():
+            raise InputError(f"{file} has no test {test}: bring {args.table} up to date")
     return [row for row in mistakes if args.only in row["file"] or args.only in row["test"]]
 
 

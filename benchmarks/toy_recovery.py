@@ -242,6 +242,7 @@ def main(args: Args) -> None:
     for name in RUNS:
         results = [[rollout(policy(train(name, s)), kick) for kick in (False, True)] for s in range(args.num_seeds)]
         paths[name], earned[name] = (np.array([[pair[i] for pair in seed] for seed in results]) for i in range(2))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     draw(args.out_dir / "toy-recovery.png", paths, logged)
     print("", score_table(paths, earned, logged), "", inverse_table(data, args.num_seeds), sep="\n")
 

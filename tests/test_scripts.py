@@ -46,7 +46,9 @@ OTHER_KIND = {
     # a network of state and noise, with networks, batches and rollouts of the paper's sizes
     "implicit": {"Actor", "Critic", "batch_size", "rollout_interval", "rollout_batch_size", "rollout_retain", "q_coef"},
 }  # fmt: skip
-MAY_HAVE_OTHER_DEFAULTS = {"real_ratio", "hidden_layers", "actor_lr", "normalise_q", "noise_scale", "min_std"}
+MAY_HAVE_OTHER_DEFAULTS = {
+    "real_ratio", "hidden_layers", "actor_lr", "normalise_q", "noise_scale", "min_std", "latent_coef",
+}  # fmt: skip
 LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient", "Actor and critic"]  # settings stand under these
 BANNERS = [
     "Run", "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",

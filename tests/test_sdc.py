@@ -46,7 +46,7 @@ def sdc_agent(args, dtype=torch.float64):
     agent = random_agent(sdc, args, dtype)
     agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
     agent.bandwidth.fill_(1.3)
-    agent.floor.fill_(0.4)
+    agent.mmd_0.fill_(0.4)
     return agent
 
 
@@ -172,7 +172,7 @@ class Exact:
         return 0.9 * obs + 0.1 * (self.centre + self.half * action), noise[:, -1]
 
 
-def test_calibration_takes_width_and_floor_from_u_and_the_log_s_own_actions_meet_the_bound(linear, capsys):
+def test_calibration_takes_width_and_mmd_0_from_u_and_the_log_s_own_actions_meet_the_bound(linear, capsys):
     data, transition = linear
     args = sdc.Args(mmd_samples=10)
     agent = sdc.Agent(1, 1, args)
@@ -187,8 +187,8 @@ def test_calibration_takes_width_and_floor_from_u_and_the_log_s_own_actions_meet
     x, y = (transition.sample(data.obs[at].expand(10, -1, -1), z).numpy() / agent.obs_std.item() for z in latents)
     width = np.median(np.abs(x[0] - data.next_obs[at].numpy() / agent.obs_std.item()))
     assert agent.bandwidth.item() == pytest.approx(width, rel=2e-3)
-    floor = np.mean([numpy_mmd(x[:, i], y[:, i], agent.bandwidth.item()) for i in range(1_000)])
-    assert agent.floor.item() == pytest.approx(floor, rel=1e-3)
+    mmd_0 = np.mean([numpy_mmd(x[:, i], y[:, i], agent.bandwidth.item()) for i in range(1_000)])
+    assert agent.mmd_0.item() == pytest.approx(mmd_0, rel=1e-3)
 
     def distance(shift: float) -> float:
         obs, action = data.obs[:500], data.action[torch.randint(len(data.action), (10, 500))]
@@ -197,7 +197,7 @@ def test_calibration_takes_width_and_floor_from_u_and_the_log_s_own_actions_meet
 
     torch.manual_seed(0)
     assert distance(0.0) < distance(0.1) < distance(0.4)
-    assert distance(0.0) < agent.floor.item() + args.eta < distance(0.1)
+    assert distance(0.0) < agent.mmd_0.item() + args.eta < distance(0.1)
     sdc.calibrate(agent, transition, data, sdc.Args(bandwidth=0.1))
     assert agent.bandwidth.item() == pytest.approx(0.1)
 
@@ -273,11 +273,11 @@ def test_the_constraint_pulls_at_the_policy_through_the_ensemble():
     assert max(g.abs().max() for g in grads) > 1e-4
 
 
-@pytest.mark.parametrize("eta, sign", [(0.0, 1), (5.0, -1)])
-def test_the_multiplier_grows_above_the_bound_and_shrinks_below(eta, sign):
+@pytest.mark.parametrize("mmd_0, eta, sign", [(0.0, 0.0, 1), (0.0, 5.0, -1), (5.0, 0.0, -1)])
+def test_the_multiplier_grows_above_the_bound_and_shrinks_below(mmd_0, eta, sign):
     args = sdc.Args(num_samples=4, multiplier_lr=0.1, eta=eta)
     agent, nets = sdc_agent(args), models()
-    agent.floor.fill_(0.0)
+    agent.mmd_0.fill_(mmd_0)
     for _ in range(2):
         info = sdc.update(agent, *nets, as_rows(random_batch()), *random_noise(), *method_noise(), args=args)
     assert sign * agent.log_kappa.item() == pytest.approx(0.2, rel=0.01)
