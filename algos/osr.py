@@ -7,7 +7,7 @@ inverse dynamics model I which action leads from s^ to the logged next state s',
 
 added to the policy's loss of CQL. I is fitted first, a variational model whose latent variable sees (s, s').
 Departures from the released code, which does not run as published: [1] I is fitted by the likelihood of logged
-actions; the squared error of its samples, the code's, drives its deviation to its bound and the divergence to hundreds.
+actions; the squared error of its samples, the code's, drives its deviation to its bound, whatever the data say.
 [2] Its mean and its deviation have a head each (the code reads the mean twice: --std-head shared). [3] beta is in
 standard deviations of the observations, and I reads them standardised, the change s' - s too. [4] --kl forward is the
 text's direction, the default the code's. [5] The actor's learning rate falls along a cosine and alpha stays below 1.

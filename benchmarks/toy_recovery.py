@@ -235,14 +235,14 @@ def draw(file: Path, paths: dict[str, np.ndarray], logged: np.ndarray) -> None:
 
 def main(args: Args) -> None:
     file = ROOT / FOLDER / "ring.npz"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (file.parent, args.out_dir):
+        folder.mkdir(parents=True, exist_ok=True)
     np.savez(file, **record())
     data = load_dataset(str(file), "cpu", ENV_ID)
     logged, paths, earned = data.obs.double().numpy(), {}, {}
     for name in RUNS:
         results = [[rollout(policy(train(name, s)), kick) for kick in (False, True)] for s in range(args.num_seeds)]
         paths[name], earned[name] = (np.array([[pair[i] for pair in seed] for seed in results]) for i in range(2))
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     draw(args.out_dir / "toy-recovery.png", paths, logged)
     print("", score_table(paths, earned, logged), "", inverse_table(data, args.num_seeds), sep="\n")
 
