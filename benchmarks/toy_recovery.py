@@ -6,9 +6,11 @@ on: how far is the nearest logged state after each step? Off the road nothing is
 Run: python benchmarks/toy_recovery.py      trains what is not in runs/toy-recovery yet, draws, prints the tables
 """
 
+import importlib
+import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -124,19 +126,22 @@ COLORS = {"SAC+BC": "C0", "OSR": "C1", "SDC": "C2"}
 
 
 def train(name: str, seed: int) -> Path:
-    """Where the policy is; what is there already is kept."""
+    """Where the policy is; what is there already is kept. SystemExit where it has other settings than these."""
     run = "-".join(name.lower().translate(dict.fromkeys(b"+,^")).split()) + f"__{seed}"
     script, _, settings = RUNS[name].partition(" ")
-    command = (
-        f"python algos/{script}.py --dataset {FOLDER}/ring.npz --env-id {ENV_ID} --seed {seed} {settings} {COMMON}"
-    )
-    command += f" --run-dir {FOLDER} --run-name {run}"
-    if (ROOT / FOLDER / run / "config.json").exists():  # it was killed
+    flags = f"--dataset {FOLDER}/ring.npz --env-id {ENV_ID} --seed {seed} {settings} {COMMON}"
+    flags += f" --run-dir {FOLDER} --run-name {run}"
+    command, config = f"python algos/{script}.py {flags}", ROOT / FOLDER / run / "config.json"
+    if config.exists():  # it was killed, or is finished
         command = f"python algos/{script}.py --resume {FOLDER}/{run}"
-    if not (ROOT / FOLDER / run / "policy.pt").exists():
+        settings = importlib.import_module(f"algos.{script}").Args
+        found = asdict(settings()) | json.loads(config.read_text())["args"]
+        if found != asdict(tyro.cli(settings, args=flags.split())):
+            sys.exit(f"error: {config.parent} was trained with other settings than today's: delete that folder")
+    if not (config.parent / "policy.pt").exists():
         print(command, flush=True)
         subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
-    return ROOT / FOLDER / run / "policy.pt"
+    return config.parent / "policy.pt"
 
 
 # --- The measurement ---

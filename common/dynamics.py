@@ -274,6 +274,9 @@ def load_or_fit(
         raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
     if sizes[:2] != [obs_dim, action_dim]:
         raise InputError(f"{file} is for obs, action of {sizes[:2]} numbers, the data have {[obs_dim, action_dim]}")
+    if path and sizes[2:] != [num_members, num_elites]:
+        members = "--num-members {} --num-elites {}"
+        print(f"dynamics    the file has {members.format(*sizes[2:])}: not {members.format(num_members, num_elites)}")
     mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.tolist())
     elites = ", ".join(map(str, sorted(dynamics.elites.tolist())))
     print(f"dynamics    {verb}, {epochs} epochs, holdout mse {mse}, elites {elites}, {file}")

@@ -504,7 +504,7 @@ def test_other_data_seed_or_settings_are_fitted_anew(change, monkeypatch):
     assert len(dynamics.elites) == change.get("num_elites", 2)
 
 
-def test_path_loads_that_file_whatever_the_data_and_settings(tmp_path, monkeypatch):
+def test_path_loads_that_file_whatever_the_data_and_says_where_settings_differ(tmp_path, monkeypatch, capsys):
     saved = load_or_fit(make_data(), seed=3, num_members=4, num_elites=2, max_epochs=1)
     (file,) = (tmp_path / "cache" / "dynamics").glob("*.pt")
     fits = count_fits(monkeypatch)
@@ -512,6 +512,10 @@ def test_path_loads_that_file_whatever_the_data_and_settings(tmp_path, monkeypat
     loaded = load_or_fit(make_data(80, data_hash="b"), seed=0, path=str(file.rename(tmp_path / "mine.pt")))
     assert not fits and loaded.num_members == 4 and identical(saved, loaded)
     assert hashlib.sha256((tmp_path / "mine.pt").read_bytes()).hexdigest() == content
+    difference = "the file has --num-members 4 --num-elites 2: not --num-members 7 --num-elites 5"
+    assert difference in capsys.readouterr().out
+    load_or_fit(make_data(), seed=0, num_members=4, num_elites=2, path=str(tmp_path / "mine.pt"))
+    assert "--num-members" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", [1, 2], {"weights": 1}])

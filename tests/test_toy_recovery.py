@@ -1,8 +1,12 @@
 """The toy's environment against what is known in closed form, and its measurements on policies written by hand."""
 
+import json
+from dataclasses import asdict
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import tyro
 
 from benchmarks import toy_recovery as toy
 from common.dataset import load_dataset
@@ -118,3 +122,22 @@ def test_slope_is_one_for_the_exact_recovery_and_zero_where_the_perturbation_is_
     assert toy.compare(action + 0.5 * (exact - action), exact, action)[2] == pytest.approx(0.5)
     fitted = np.where(np.abs(exact) < 1, exact, 7.0)  # what no single step can do does not count
     assert toy.compare(fitted, exact, action)[1] == 0
+
+
+def test_policies_of_other_settings_are_refused_and_finished_ones_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "ROOT", tmp_path)
+    monkeypatch.setattr(toy.subprocess, "run", lambda command, **_: commands.append(command[1:]))
+    commands = []
+    file = toy.train("OSR", 1)
+    args = asdict(tyro.cli(toy.osr.Args, args=commands[0][1:]))
+    assert args["noise_scale"] == 0.3 and args["seed"] == 1
+    file.parent.mkdir(parents=True)
+    (file.parent / "config.json").write_text(json.dumps({"args": args}))
+    assert toy.train("OSR", 1) == file and commands[1][1] == "--resume"
+    del args["displace"]  # a setting that the run's commit did not have yet: its default
+    (file.parent / "config.json").write_text(json.dumps({"args": args}))
+    file.touch()
+    assert toy.train("OSR", 1) == file and len(commands) == 2
+    (file.parent / "config.json").write_text(json.dumps({"args": args | {"min_std": 0.5}}))
+    with pytest.raises(SystemExit, match="osr__1 was trained with other settings"):
+        toy.train("OSR", 1)
