@@ -63,7 +63,7 @@ class Args:
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
     successors: Literal["true", "classic"] = "true"  # classic: d4rl.qlearning_dataset's, wrong where episodes end
     seed: int = 0  # of every random number
-    num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
+    num_updates: int = 1_000_000  # gradient steps
     batch_size: int = 256  # rows in a gradient step
     eval_interval: int = 5_000  # updates between evaluations
     eval_episodes: int = 10  # episodes in an evaluation, deterministic actions
