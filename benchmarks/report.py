@@ -4,6 +4,7 @@ The score of a run is the mean of its last evaluations (--score-evals of the run
 several datasets follows Agarwal et al. 2021 (arXiv:2108.13264); their package rliable would bring 300 MB of others.
 Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-report    a report of its own
      python benchmarks/report.py runs/demo    added to the results that are kept here, and to the README's table
+     python benchmarks/report.py --compare mopo "mopo penalty-coef=0"    two methods of the report, printed
 """
 
 import csv
@@ -70,6 +71,8 @@ class Args:
     out_dir: Path = RESULTS  # where report and figures are written
     readme: Path | None = None  # whose table of scores to replace; README.md where the two above are left alone
     partial: bool = False  # take runs that are not finished, too
+    compare: tuple[str, str] | None = None  # two methods by their names in the report: print what lies between them
+    datasets: tuple[str, ...] = ()  # to compare them on; by default all that both were run on
 
 
 @dataclass
@@ -275,6 +278,20 @@ def improvement(scores: list[np.ndarray], others: list[np.ndarray]) -> np.ndarra
     return np.mean([((a > b) + 0.5 * (a == b)).mean(axis=(-2, -1)) for a, b in pairs], axis=0)
 
 
+def halves(scores: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """A method's scores on every dataset, then another one's -> each of them."""
+    return scores[: len(scores) // 2], scores[len(scores) // 2 :]
+
+
+def first_better(scores: list[np.ndarray]) -> np.ndarray:
+    return improvement(*halves(scores))
+
+
+def difference(scores: list[np.ndarray]) -> np.ndarray:
+    """Mean over datasets of the first method's mean score less the second's."""
+    return np.mean([a.mean(axis=-1) - b.mean(axis=-1) for a, b in zip(*halves(scores), strict=True)], axis=0)
+
+
 def profile(scores: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
     """Share of runs above each threshold, mean over datasets: (..., num_thresholds)"""
     return sum((s[..., None] > thresholds).mean(axis=-2) for s in scores) / len(scores)
@@ -418,9 +435,6 @@ def displacement_table(cells: list[Cell]) -> str:
 
 
 def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
-    def first_better(scores: list[np.ndarray]) -> np.ndarray:
-        return improvement(scores[: len(names)], scores[len(names) :])
-
     rows = [[m, " + ".join(str(len(s)) for s in scores), scores] for m, scores in methods.items()]
     rows = [[method, num_runs, with_interval(interquartile_mean, scores, 1)] for method, num_runs, scores in rows]
     text = f"### {', '.join(names)}\n\n{table('method, runs, IQM', rows)}\n"
@@ -431,6 +445,35 @@ def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]])
         [a, b, with_interval(first_better, methods[a] + methods[b], 2)] for a, b in itertools.combinations(methods, 2)
     ]
     return text + (f"\n{table('A, B, P(A > B)', pairs)}\n" if pairs else "")
+
+
+def comparison(cells: list[Cell], methods: tuple[str, str], datasets: tuple[str, ...]) -> str:
+    """Two methods dataset by dataset and over all of them. Raises InputError where they cannot be compared."""
+    of = [{cell.dataset: cell for cell in cells if cell.method == method} for method in methods]
+    names = datasets or sorted(of[0].keys() & of[1].keys())
+    if not names:
+        known = ", ".join(sorted({cell.method for cell in cells}))
+        raise InputError(f"no dataset has runs of {methods[0]} and of {methods[1]}: the methods are {known}")
+    rows, scores = [], ([], [])
+    for name in names:
+        for method, cell in zip(methods, of):
+            if name not in cell or not np.isfinite(cell[name].facts["score"]).all():
+                raise InputError(f"no normalised scores of {method} on {name}: choose --datasets that have some")
+        one, other = (cell[name] for cell in of)
+        if one.updates != other.updates:
+            updates = f"{one.updates} updates of {one.method} and {other.updates} of {other.method}"
+            raise InputError(f"{updates} on {name} are no comparison: choose other --datasets")
+        pair = [cell.facts["score"] for cell in (one, other)]
+        for column, values in zip(scores, pair):
+            column.append(values)
+        rows.append([name, *(f"{mean_sd(values)} ({len(values)})" for values in pair), pair])
+    rows.append(
+        [f"mean of {len(names)}", *(number(float(np.mean([v.mean() for v in s]))) for s in scores), sum(scores, [])]
+    )
+    for row in rows:
+        both = row.pop()
+        row += [with_interval(difference, both, 1), with_interval(first_better, both, 2)]
+    return table(f"dataset, {', '.join(m.replace(',', ' ') for m in methods)}, difference, P(first > second)", rows)
 
 
 def origin_table(cells: list[Cell]) -> str:
@@ -515,9 +558,14 @@ def replace_table(path: Path, text: str) -> None:
 
 
 def main(args: Args) -> None:
+    if args.datasets and not args.compare:
+        raise InputError("--datasets narrows --compare: the report has all of them")
     if args.runs:
         import_runs(args)
     cells = read_cells(args.out)
+    if args.compare:
+        print(comparison(cells, args.compare, args.datasets))
+        return
     groups = comparable(cells)
     colors = {m: plt.get_cmap("tab20")(i % 20) for i, m in enumerate(sorted({cell.method for cell in cells}))}
     args.out_dir.mkdir(parents=True, exist_ok=True)

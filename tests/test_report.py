@@ -100,6 +100,40 @@ def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp
     assert rest == [columns, "10,60,6,1,0.5,0.333333", "20,120,7,2.12346,1.06173,0.333333"]
 
 
+def make_comparison(tmp_path):
+    """Scores: on a/v0 10 and 20 against 5 and 15, on b/v0 40 against 50, on c/v0 after other numbers of updates."""
+    for dataset, variant, returns in (
+        ("a", "", (20, 40)), ("a", "tau=1__", (10, 30)), ("b", "", (80,)), ("b", "tau=1__", (100,)), ("c", "", (80,))
+    ):  # fmt: skip
+        for seed, value in enumerate(returns):
+            name = f"{dataset}-v0__mopo__{variant}{seed}"
+            make_run(tmp_path / "g" / name, [value] * 2, dataset=f"{dataset}/v0", seed=seed)
+    make_run(tmp_path / "g" / "c-v0__mopo__tau=1__0", [100] * 3, dataset="c/v0")
+    return tmp_path / "g"
+
+
+def test_comparison_has_differences_and_intervals_dataset_by_dataset_and_over_all(tmp_path, capsys):
+    call(tmp_path, make_comparison(tmp_path))
+    capsys.readouterr()
+    args = {"out": tmp_path / "csv", "out_dir": tmp_path / "unused", "compare": ("mopo", "mopo tau=1")}
+    report.main(Args(**args, datasets=("a/v0", "b/v0")))
+    # every mean of two draws out of two seeds has a probability of 1/4 or 1/2: the 95 % interval holds all of them
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| a/v0 | 15.0 ± 7.1 (2) | 10.0 ± 7.1 (2) | 5.0 [-5.0, 15.0] | 0.75 [0.00, 1.00] |",
+        "| b/v0 | 40.0 (1) | 50.0 (1) | -10.0 | 0.00 |",
+        "| mean of 2 | 27.5 | 30.0 | -2.5 | 0.38 |",
+    ]
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(InputError, match="20 updates of mopo and 30 of mopo tau=1 on c/v0 are no comparison"):
+        report.main(Args(**args))
+    with pytest.raises(InputError, match="no normalised scores of mopo on d/v0"):
+        report.main(Args(**args, datasets=("d/v0",)))
+    with pytest.raises(InputError, match="the methods are mopo, mopo tau=1"):
+        report.main(Args(**(args | {"compare": ("mopo", "tau=1")})))
+    with pytest.raises(InputError, match="--datasets narrows --compare"):
+        report.main(Args(out=tmp_path / "csv", datasets=("a/v0",)))
+
+
 def test_of_many_methods_the_pairs_stand_in_a_matrix(tmp_path):
     for i in range(7):  # the score of the i-th is i on average, its seeds 3 apart
         for seed in range(2):
