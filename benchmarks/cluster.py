@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from benchmarks.run import ROOT, start
+from benchmarks.run import ROOT, start, state_now
 from common.dataset import InputError
 
 # Ray kills a task's process, and not what that one has started: Linux does (PR_SET_PDEATHSIG, SIGKILL)
@@ -56,7 +56,7 @@ def run_on_ray(runs: list, failed: dict, view, args) -> None:
     for run, log in logs.items():
         if log is None:
             raise InputError(f"{run.folder} is under way in another start of the grid: wait for its end")
-        if run.state() != "finished":
+        if state_now(run, failed) in ("new", "begun"):
             paths = [run.folder / name for name in ("config.json", "checkpoint.pt")]
             files = {path.name: path.read_bytes() for path in paths if path.is_file()}
             folder = Path("runs", run.folder.parent.name, run.folder.name)
@@ -75,7 +75,7 @@ def run_on_ray(runs: list, failed: dict, view, args) -> None:
                 (run.folder / f"{name}.tmp").write_bytes(files[name])
                 os.replace(run.folder / f"{name}.tmp", run.folder / name)
             run.write_resources(peak_memory_gb)
-            if run.state() != "finished":
+            if state_now(run, failed) in ("new", "begun"):
                 failed[run] = exit_status
         view.show(failed, f"{len(tasks)} to go, {len(runs) - len(tasks) - len(failed)} done, {len(failed)} failed")
     ray.shutdown()

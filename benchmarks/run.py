@@ -252,6 +252,18 @@ class View:
 
 
 # --- Running ---
+def state_now(run: Run, failed: dict[Run, int]) -> str:
+    """While the grid goes on: as Run.state, or failed. What is wrong with one folder goes to its log.txt."""
+    if run not in failed:
+        try:
+            return run.state()
+        except InputError as error:
+            failed[run] = 1
+            with open(run.folder / "log.txt", "a") as log:
+                print(f"error: {error}", file=log)
+    return "failed"
+
+
 def available_gb() -> float:
     """Memory that new processes can have."""
     limit = float("inf")
@@ -292,7 +304,7 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
                 del running[run]
                 process.returncode = os.waitstatus_to_exitcode(status)
                 run.write_resources(usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e9 / 1024))
-                if run.state() != "finished" and not signals:
+                if state_now(run, failed) in ("new", "begun") and not signals:
                     failed[run] = process.returncode
         # what a killed start has left behind, or another one makes at this time
         elsewhere = [run for run in queue if run.under_way()] if len(running) < args.workers else []
@@ -302,7 +314,7 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
             if log := run.lock():
                 with log:
                     queue.remove(run)
-                    if run.state() != "finished":
+                    if state_now(run, failed) in ("new", "begun"):
                         command = run.command(args.threads)
                         print("$", shlex.join(command), file=log, flush=True)
                         running[run] = start(command[1:], log, args.threads)
@@ -324,12 +336,13 @@ def start(command: list[str], log: TextIO, threads: int, cwd: str | None = None)
 
 def summarise(runs: list[Run], failed: dict[Run, int], threads: int) -> None:
     """The failed runs with the last lines that they printed, and what came out."""
+    num_finished = sum(state_now(run, failed) == "finished" for run in runs)
     for run, status in failed.items():
         lines = [line for line in (run.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
         print(f"failed      {run.folder.name}, {reason}", *(f"    {line}" for line in lines[-5:]), sep="\n")
         print(f"    $ {shlex.join(run.command(threads))}")
-    text = f"{sum(run.state() == 'finished' for run in runs)} of {len(runs)} runs finished, {len(failed)} failed"
+    text = f"{num_finished} of {len(runs)} runs finished, {len(failed)} failed"
     peak = max(run.peak_memory_gb() for run in runs)
     print(f"grid        {text}, peak memory of a run {peak:.2f} GB, {runs[0].folder.parent}")
 

@@ -160,6 +160,32 @@ def test_a_folder_with_other_settings_is_refused_and_kept(home):
     assert Path("runs/g/pendulum-random-v0__mopo__0/policy.pt").is_file()
 
 
+def test_a_run_that_comes_out_with_other_settings_fails_alone(home, capsys, monkeypatch):
+    def start_edited(command, *rest):  # as if the script had been edited since the grid began
+        return start(command + ["--gamma", "0.5"] if command[-1].endswith("mopo__0") else command, *rest)
+
+    start = run.start
+    monkeypatch.setattr(run, "start", start_edited)
+    grid = write_grid(home, "seed = [0, 1]")
+    assert run.main(run.Args(grid=grid, workers=1)) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 runs finished, 1 failed" in out
+    assert re.search(r"failed +\S+__mopo__0, .*\n(    .*\n)*    error: .* holds a run with gamma 0.5", out)
+
+
+def test_a_folder_that_spoils_while_its_run_waits_is_left_alone(home, capsys, monkeypatch):
+    def start_and_spoil(*inputs):
+        Path("runs/g/pendulum-random-v0__mopo__1/config.json").write_text("{")
+        return start(*inputs)
+
+    start = run.start
+    monkeypatch.setattr(run, "start", start_and_spoil)
+    assert run.main(run.Args(grid=write_grid(home, "seed = [0, 1, 2]"), workers=1)) == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 runs finished, 1 failed" in out and "config.json is damaged" in out
+    assert not Path("runs/g/pendulum-random-v0__mopo__1/checkpoint.pt").exists()
+
+
 def test_a_finished_grid_is_displaced_afterwards_and_again_where_that_was_cut_off(home, capsys):
     folder = Path("runs/g/pendulum-random-v0__mopo__0")
     assert run.main(run.Args(grid=write_grid(home, ""), workers=1)) == 0
