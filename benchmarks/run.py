@@ -275,10 +275,12 @@ def available_gb() -> float:
     return min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9)
 
 
-def num_workers(args: Args) -> int:
+def num_workers(runs: list[Run], args: Args) -> int:
     """Raises InputError when memory is too small for as many as are asked for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fit = int(available_gb() / args.memory_per_worker)
+    # what a killed start has left behind has its memory already, and its place is free when it ends
+    num_under_way = sum(run.under_way() for run in runs if run.folder.is_dir())
+    fit = int(available_gb() / args.memory_per_worker) + num_under_way
     workers = args.workers or max(1, min(cores // args.threads, fit))
     if workers > fit:
         need = f"--workers {workers} needs {workers * args.memory_per_worker:,.1f} GB of memory (--memory-per-worker)"
@@ -359,7 +361,7 @@ def main(args: Args) -> int:
         for run in runs:
             print(("# finished: " if states[run] == "finished" else "") + shlex.join(run.command(args.threads)))
         return 0
-    args.workers = args.workers if args.ray else num_workers(args)
+    args.workers = args.workers if args.ray else num_workers(runs, args)
     try:
         for run in runs:
             run.folder.mkdir(parents=True, exist_ok=True)

@@ -137,6 +137,18 @@ def test_more_workers_than_memory_and_axes_that_have_a_flag_are_refused(home):
         run.main(run.Args(script="mopo", set=("seed=0,1",)))
 
 
+def test_what_a_killed_start_has_left_behind_counts_as_room(home, monkeypatch):
+    monkeypatch.setattr(run, "available_gb", lambda: 0.1)
+    grid, folder = write_grid(home, ""), Path("runs/g/pendulum-random-v0__mopo__0")
+    with pytest.raises(InputError, match="lower --memory-per-worker"):
+        run.main(run.Args(grid=grid, workers=1))
+    folder.mkdir(parents=True)
+    with run.Run("mopo", "", folder, [], {}).lock() as log:
+        left_behind = subprocess.Popen(["sleep", "3"], stdout=log)
+    assert run.main(run.Args(grid=grid, workers=1)) == 0  # it has waited for the end, then started the run
+    assert left_behind.wait() == 0 and (folder / "policy.pt").is_file()
+
+
 # --- What happens to runs ---
 def test_a_failing_run_stops_nothing_and_is_listed_with_its_last_words(home, capsys):
     grid = write_grid(home, 'dataset = ["missing.npz", "pendulum/random-v0"]')
