@@ -47,7 +47,6 @@ from common.dataset import InputError  # noqa: E402
 
 SET_HERE = ("num_threads", "run_dir", "run_name", "resume")  # settings that follow from the grid and from --threads
 AFTERWARDS = ("displace", "capture_video")  # what a finished run can still be asked for
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 @dataclass
@@ -264,15 +263,32 @@ def state_now(run: Run, failed: dict[Run, int]) -> str:
     return "failed"
 
 
+def cgroup_room(root: Path = Path("/")) -> float:
+    """Bytes that limits of a container or a batch job leave: the least of limit - usage, from this group to the top."""
+    rooms = [float("inf")]
+    with contextlib.suppress(OSError):
+        groups = (root / "proc/self/cgroup").read_text()
+        for line, top, limit, usage in (  # versions 2 and 1
+            (r"^0::/(.*)$", "sys/fs/cgroup", "memory.max", "memory.current"),
+            (r"^\d+:memory:/(.*)$", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            for name in re.findall(line, groups, re.MULTILINE):
+                group = root / top / name
+                for folder in (group, *group.parents):
+                    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                        room = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                        # files read some time ago give way; version 1 has the groups below in total_inactive_file
+                        cached = re.findall(r"inactive_file (\d+)", (folder / "memory.stat").read_text())
+                        rooms.append(room + max(map(int, cached), default=0))
+    return min(rooms)
+
+
 def available_gb() -> float:
     """Memory that new processes can have."""
-    limit = float("inf")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-        limit = int(MEMORY_LIMIT.read_text()) / 1e9
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text()
-        return min(limit, int(re.search(r"MemAvailable: +(\d+) kB", text)[1]) * 1024 / 1e9)
-    return min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9)
+        return min(cgroup_room(), int(re.search(r"MemAvailable: +(\d+) kB", text)[1]) * 1024) / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def num_workers(runs: list[Run], args: Args) -> int:

@@ -137,6 +137,33 @@ def test_more_workers_than_memory_and_axes_that_have_a_flag_are_refused(home):
         run.main(run.Args(script="mopo", set=("seed=0,1",)))
 
 
+@pytest.mark.parametrize(
+    "top, line, limit, usage, stat",
+    [
+        ("sys/fs/cgroup", "0::/", "memory.max", "memory.current", "inactive_file 50"),
+        ("sys/fs/cgroup/memory", "0::/\n4:memory:/", "memory.limit_in_bytes", "memory.usage_in_bytes",
+         "inactive_file 10\ntotal_inactive_file 50"),
+    ],
+    ids=["version 2", "version 1"],
+)  # fmt: skip
+def test_room_is_what_the_control_groups_leave(tmp_path, top, line, limit, usage, stat):
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+
+    assert run.cgroup_room(tmp_path) == float("inf")  # no such system
+    write("proc/self/cgroup", f"9:cpu:/\n{line}job/step")
+    for group, values in (("", ("1000", "100")), ("job", ("600", "300")), ("job/step", ("max", "300"))):
+        for name, value in zip((limit, usage), values):
+            write(f"{top}/{group}/{name}", value)
+        write(f"{top}/{group}/memory.stat", f"anon 7\n{stat}")
+    assert run.cgroup_room(tmp_path) == 600 - 300 + 50  # the job's
+    write(f"{top}/job/step/{limit}", "400")
+    assert run.cgroup_room(tmp_path) == 400 - 300 + 50  # the step's
+    write("proc/self/cgroup", f"{line}of/the/host")  # as a container sees it without a namespace of its own
+    assert run.cgroup_room(tmp_path) == 1000 - 100 + 50
+
+
 def test_what_a_killed_start_has_left_behind_counts_as_room(home, monkeypatch):
     monkeypatch.setattr(run, "available_gb", lambda: 0.1)
     grid, folder = write_grid(home, ""), Path("runs/g/pendulum-random-v0__mopo__0")
