@@ -37,6 +37,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
+from unittest import mock
 
 import tyro
 from tqdm import tqdm
@@ -192,14 +193,14 @@ def make_runs(name: str, blocks: list[dict], args: Args) -> list[Run]:
             raise InputError("every block needs a script, and every list a value")
         named = [key for key in block if isinstance(block[key], list) and key not in ("script", "dataset", "seed")]
         for cell in itertools.product(*axes.values()):
-            runs.append(make_run(dict(zip(axes, cell)), named, Path(args.run_dir) / name))
+            runs.append(make_run(dict(zip(axes, cell)), named, Path(args.run_dir) / name, bool(args.ray)))
     (folder, count), *_ = Counter(run.folder for run in runs).most_common(1)
     if count > 1:
         raise InputError(f"{count} runs of the grid would be called {folder.name}: they must differ in a list")
     return runs
 
 
-def make_run(cell: dict, named: list[str], folder: Path) -> Run:
+def make_run(cell: dict, named: list[str], folder: Path, elsewhere: bool) -> Run:
     script, scripts = cell.pop("script"), sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
     if script not in scripts:
         raise InputError(f"there is no script algos/{script}.py, only {', '.join(scripts)}")
@@ -213,14 +214,16 @@ def make_run(cell: dict, named: list[str], folder: Path) -> Run:
         flags += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
     variant = ",".join(f"{key}={cell[key]}" for key in named)
     name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
-    return Run(script, variant, folder / name, flags, read_settings(module, flags))
+    return Run(script, variant, folder / name, flags, read_settings(module, flags, elsewhere))
 
 
-def read_settings(module, flags: list[str]) -> dict:
+def read_settings(module, flags: list[str], elsewhere: bool) -> dict:
     """All settings of a run with these flags, as the script itself reads them."""
     argv, sys.argv = sys.argv, [module.__file__, *flags]
+    # a run elsewhere does not need a GPU in this machine
+    gpu = mock.patch("torch.cuda.is_available", return_value=True) if elsewhere else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with gpu, contextlib.redirect_stderr(io.StringIO()) as said:
             return json.loads(json.dumps(asdict(module.read_args()[0])))
     except SystemExit:  # tyro has drawn a box: a title, what is wrong, a rule, help
         lines = itertools.takewhile(lambda line: "│ ──" not in line, said.getvalue().splitlines()[1:])

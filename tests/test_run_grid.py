@@ -128,6 +128,16 @@ def test_a_grid_that_cannot_be_run_is_refused_with_one_sentence(home, text, word
     assert not Path("runs").exists()
 
 
+def test_a_grid_for_gpus_needs_one_here_only_where_it_runs_here(home, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    name, blocks = run.read_grid(run.Args(grid=write_grid(home, 'device = "cuda"')))
+    with pytest.raises(InputError, match="torch finds no GPU"):
+        run.make_runs(name, blocks, run.Args())
+    (one,) = run.make_runs(name, blocks, run.Args(ray="auto"))
+    assert one.settings["device"] == "cuda" and one.command(1)[2:][one.flags.index("--device") :][1] == "cuda"
+    assert not torch.cuda.is_available()
+
+
 def test_more_workers_than_memory_and_axes_that_have_a_flag_are_refused(home):
     with pytest.raises(InputError, match="the largest number that fits is"):
         run.main(run.Args(grid=write_grid(home, ""), workers=100_000))
