@@ -77,6 +77,13 @@ def test_every_cell_is_one_run_with_a_name_of_its_own(home):
     assert runs[-1].settings["gamma"] == 0.9 and runs[-1].settings["num_updates"] == 60
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "grids").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_grid_here_can_be_read(home, file):
+    args = run.Args(grid=str(file))
+    name, blocks = run.read_grid(args)
+    assert name == file.stem and run.make_runs(name, blocks, args) and not Path("runs").exists()
+
+
 def test_flags_make_the_same_grid_as_a_file(home):
     text = 'name = "g"\n[[grid]]\nscript = "mopo"\nseed = [0, 1]\npenalty-coef = [0, 1]\nnum-updates = 9\n'
     (home / "f.toml").write_text(text)
@@ -281,7 +288,13 @@ def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
     else:
         runner.kill()
         runner.wait()
+    saved = [file.parent for file in folder.glob("*/checkpoint.pt")]
+    assert saved and not list(folder.glob("*/policy.pt"))
     assert run.main(run.Args(grid=grid, run_dir=str(home / "killed"), workers=2)) == 0
+    for made in folder.iterdir():  # what each start of it began with
+        starts = re.findall(r"\$ python .*", (made / "log.txt").read_text())
+        assert len(starts) == (2 if everything else 1)
+        assert not everything or made not in saved or "--resume" in starts[1]
     assert run.main(run.Args(grid=grid, run_dir=str(home / "whole"), workers=2)) == 0
     for seed in (0, 1):
         name = f"pendulum-random-v0__mopo__{seed}"
