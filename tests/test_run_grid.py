@@ -1,6 +1,7 @@
 """A grid of runs: what it refuses, what a kill costs, and that no run depends on how it was started."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -302,26 +303,56 @@ def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
 
 
 # --- Ray ---
-def test_a_node_that_dies_in_the_middle_of_the_grid_costs_nothing_but_time(home, monkeypatch):
+@pytest.fixture
+def cluster(home):
     pytest.importorskip("ray", reason="pip install -r requirements-cluster.txt")
     from ray.cluster_utils import Cluster
 
-    grid = write_grid(home, "seed = [0, 1, 2]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "memory": 4 * 10**9})
-    try:
-        node = cluster.add_node(num_cpus=1, memory=4 * 10**9)
-        cluster.wait_for_nodes()
-        args = [sys.executable, str(ROOT / "benchmarks" / "run.py"), grid, "--ray", cluster.address]
-        runner = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        time.sleep(20)  # both nodes are at work by then
-        assert runner.poll() is None
-        cluster.remove_node(node, allow_graceful=False)
-        output, _ = runner.communicate(timeout=300)
-    finally:
-        cluster.shutdown()
+    yield cluster
+    cluster.shutdown()
+
+
+def start_on_ray(grid: str, cluster) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), grid, "--ray", cluster.address]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoints(runner: subprocess.Popen, number: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(list(Path("runs/g").glob("*/checkpoint.pt"))) < number:
+        assert runner.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def assert_finished_as_here(runner: subprocess.Popen, grid: str, seeds: tuple[int, ...]) -> None:
+    output, _ = runner.communicate(timeout=300)
     assert runner.returncode == 0, output
-    assert "3 of 3 runs finished, 0 failed" in output
+    assert f"{len(seeds)} of {len(seeds)} runs finished, 0 failed" in output
     assert run.main(run.Args(grid=grid, run_dir="here", workers=1)) == 0
-    for seed in (0, 1, 2):
-        name = f"pendulum-random-v0__mopo__{seed}"
+    for name in (f"pendulum-random-v0__mopo__{seed}" for seed in seeds):
         assert_same_run(Path("runs/g") / name, Path("here/g") / name)
+        there, here = (json.loads((Path(where, "g", name) / "config.json").read_text()) for where in ("runs", "here"))
+        assert there["commit"] == here["commit"] != ""
+
+
+def test_a_node_that_dies_in_the_middle_of_the_grid_costs_what_came_after_the_last_checkpoint(home, cluster):
+    grid = write_grid(home, "seed = [0, 1, 2]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
+    node = cluster.add_node(num_cpus=1, memory=4 * 10**9)
+    cluster.wait_for_nodes()
+    runner = start_on_ray(grid, cluster)
+    wait_for_checkpoints(runner, 2)  # both nodes are at work
+    cluster.remove_node(node, allow_graceful=False)
+    assert_finished_as_here(runner, grid, (0, 1, 2))
+    assert sum("--resume" in file.read_text() for file in Path("runs/g").glob("*/log.txt")) == 1
+
+
+def test_a_killed_grid_on_a_cluster_goes_on_from_the_last_checkpoint(home, cluster):
+    grid = write_grid(home, "seed = [0]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
+    runner, folder = start_on_ray(grid, cluster), Path("runs/g/pendulum-random-v0__mopo__0")
+    wait_for_checkpoints(runner, 1)
+    runner.kill()
+    runner.communicate()
+    assert len(progress(folder)) and not (folder / "policy.pt").exists()
+    assert_finished_as_here(start_on_ray(grid, cluster), grid, (0,))
+    assert "--resume" in (folder / "log.txt").read_text()
