@@ -8,6 +8,7 @@ Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-rep
 """
 
 import csv
+import hashlib
 import importlib
 import io
 import itertools
@@ -38,6 +39,12 @@ NO_SETTINGS = {  # what seeds of one cell may differ in
     "checkpoint_interval", "displace", "capture_video",
 }  # fmt: skip
 MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
+COMPARED = [  # methods that a grid was made to compare, and on which datasets
+    (
+        ("mopo", "mopo penalty-coef=0"),  # benchmarks/grids/mopo-penalty.toml
+        ("halfcheetah/medium-replay-v0", "hopper/medium-replay-v0", "hopper/medium-v0", "walker2d/medium-replay-v0"),
+    ),
+]
 DISPLACED = ("forced_actions", "step", "return_mean", "episodes", "distance")
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
@@ -172,28 +179,35 @@ def differences(one: Run, other: Run) -> list[str]:
     return sorted(name for name in known if name in facts[1] and facts[0][name] != facts[1][name])
 
 
-def write_csv(folder: Path, run: Run) -> Path:
-    """Every evaluation, under a first line that tells how the run was made.
+def continues(run: Run, kept: Run) -> bool:
+    """Whether its evaluations begin with those of `kept`, whose csv has six digits; how long they took may differ."""
+    num = len(kept.columns["update"])
+    names = (run.columns.keys() & kept.columns.keys()) - {"seconds", "updates_per_second"}
+    return num <= len(run.columns["update"]) and all(
+        np.allclose(run.columns[name][:num], kept.columns[name], rtol=1e-5, atol=1e-300, equal_nan=True)
+        for name in names
+    )
 
-    Raises InputError rather than replace another run.
-    """
+
+def csv_path(folder: Path, run: Run) -> Path:
     dataset, algo, variant, seed = (run.about[name] for name in ("dataset", "algo", "variant", "seed"))
-    path = folder / f"{'__'.join(filter(None, (dataset.replace('/', '-'), algo, variant, str(seed))))}.csv"
-    if path.exists() and (differing := differences(run, read_csv(path))):
-        differs = f"{run.path} has another {', '.join(differing)} than {path}"
-        raise InputError(f"{differs}: import it into another --out, or delete that first")
-    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{'__'.join(filter(None, (dataset.replace('/', '-'), algo, variant, str(seed))))}.csv"
+
+
+def write_csv(path: Path, run: Run) -> None:
+    """Every evaluation, under a first line that tells how the run was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = [[f"{v:.0f}" if name == "update" else f"{v:.6g}" for v in run.columns[name]] for name in run.columns]
     lines = [f"# {json.dumps(run.about)}", ",".join(run.columns), *(",".join(row) for row in zip(*columns))]
     path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def import_runs(args: Args) -> None:
+    """Raises InputError, before anything is written, rather than replace another run or spoil a cell."""
     folders = {path: sorted(config.parent for config in path.rglob("config.json")) for path in args.runs}
     if empty := [str(path) for path, found in folders.items() if not found]:
         raise InputError(f"no run folder in {', '.join(empty)}: one holds config.json and progress.csv")
-    origin = {}  # key of a run -> its folder
+    kept, new = {path: read_csv(path) for path in args.out.glob("*.csv")}, {}
     for folder in dict.fromkeys(itertools.chain(*folders.values())):
         run = read_folder(folder)
         done, total = run.columns["update"][-1] if run.columns else 0, run.about["num_updates"]
@@ -203,11 +217,19 @@ def import_runs(args: Args) -> None:
         elif not np.isfinite(run.columns["return_mean"]).all():
             print(f"left out: {folder} was not evaluated in an environment", file=sys.stderr)
         else:
-            key = tuple(run.about[name] for name in ("dataset", "algo", "variant", "seed"))
-            if key in origin:
-                raise InputError(f"{origin[key]} and {folder} are the same seed of the same cell: give one of them")
-            origin[key] = folder
-            print(f"{folder} -> {write_csv(args.out, run)}")
+            path = csv_path(args.out, run)
+            if path in new:
+                raise InputError(f"{new[path].path} and {folder} are the same seed of the same cell: give one of them")
+            if path in kept:
+                differing = differences(run, kept[path]) or ["evaluations"] * (not continues(run, kept[path]))
+                if differing:
+                    differs = f"{folder} differs from {path} in {', '.join(differing)}"
+                    raise InputError(f"{differs}: import it into another --out, or delete that first")
+            new[path] = run
+    seeds_by_cell((kept | new).values())
+    for path, run in new.items():
+        write_csv(path, run)
+        print(f"{run.path} -> {path}")
 
 
 # --- Cells: the seeds of one method on one dataset ---
@@ -222,6 +244,10 @@ class Cell:
     @property
     def method(self) -> str:
         return f"{self.algo} {self.variant}".strip()
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.dataset} ({self.updates} updates, last {self.runs[0].about['score_evals']})"
 
     @property
     def updates(self) -> str:
@@ -239,17 +265,23 @@ def read_csv(path: Path) -> Run:
         raise InputError(f"{path} is no csv of a run ({error!r}): import its run folder again") from None
 
 
-def read_cells(folder: Path) -> list[Cell]:
+def seeds_by_cell(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
+    """(dataset, algo, variant) -> its runs. Raises InputError where these differ in more than the seed."""
     cells = {}
-    for run in sorted(map(read_csv, folder.glob("*.csv")), key=lambda run: run.about["seed"]):
+    for run in sorted(runs, key=lambda run: run.about["seed"]):
         cells.setdefault(tuple(run.about[name] for name in ("dataset", "algo", "variant")), []).append(run)
-    if not cells:
-        raise InputError(f"no csv of a run in {folder}: give run folders to import")
-    for runs in cells.values():
-        for one, other in itertools.combinations(runs, 2):
+    for seeds in cells.values():
+        for one, other in itertools.combinations(seeds, 2):
             if differing := differences(one, other):
                 differ = f"{one.path} and {other.path} differ in {', '.join(differing)}"
                 raise InputError(f"{differ}: no mean over them makes sense, move one into another --out")
+    return cells
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    cells = seeds_by_cell(map(read_csv, sorted(folder.glob("*.csv"))))
+    if not cells:
+        raise InputError(f"no csv of a run in {folder}: give run folders to import")
     facts = {key: [run.facts() for run in runs] for key, runs in cells.items()}
     columns = {key: {name: np.array([f[name] for f in facts[key]]) for name in facts[key][0]} for key in cells}
     return [Cell(*key, cells[key], columns[key]) for key in sorted(cells)]
@@ -303,46 +335,56 @@ def interval(function: Callable, scores: list[np.ndarray]) -> np.ndarray:
 
 
 def comparable(cells: list[Cell]) -> list[tuple[tuple[str, ...], dict[str, list[np.ndarray]]]]:
-    """For every set of datasets that some method was run on: method -> scores, of all methods that have all of it."""
+    """For every set of datasets that a method or two were run on: method -> scores, of all methods that have all of it.
+
+    A dataset after other numbers of updates, or with the mean of other numbers of evaluations, is another one.
+    """
     scores = {}
     for cell in cells:
         if np.isfinite(cell.facts["score"]).all():
-            scores.setdefault(cell.method, {})[cell.dataset] = cell.facts["score"]
-    sets = sorted({tuple(sorted(have)) for have in scores.values()}, key=lambda names: (-len(names), names))
-    return [
+            scores.setdefault(cell.method, {})[cell.protocol] = cell.facts["score"]
+    sets = {tuple(sorted(set(a) & set(b))) for a, b in itertools.combinations_with_replacement(scores.values(), 2)}
+    sets = sorted(sets - {()}, key=lambda names: (-len(names), names))
+    groups = [
         (names, {m: [have[name] for name in names] for m, have in sorted(scores.items()) if set(names) <= set(have)})
         for names in sets
     ]
+    return [group for group in groups if max(map(len, group)) > 1] or groups  # of one score nothing more is to be said
 
 
 # --- Figures ---
-def finish(figure: plt.Figure, path: Path) -> None:
+def source(cells: list[Cell]) -> str:
+    """What a figure of these cells is made from; it stands in the file, so that a figure's age can be told."""
+    return hashlib.sha256(b"".join(run.path.read_bytes() for cell in cells for run in cell.runs)).hexdigest()
+
+
+def finish(figure: plt.Figure, path: Path, source: str | None = None) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None, "Source": source})
     plt.close(figure)
 
 
-def draw_curves(path: Path, cells: list[Cell], colors: dict[str, tuple]) -> None:
+def draw_curves(path: Path, cells: list[Cell], styles: dict[str, dict]) -> None:
     """Mean over seeds with the range of the seeds, against updates and against the median seed's seconds."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     behaviour = cells[0].runs[0].about["behaviour"]
     for axis, column, label in zip(axes, ("update", "seconds"), ("updates", "seconds")):
         for cell in cells:
-            num, color = min(len(run.columns["update"]) for run in cell.runs), colors[cell.method]
+            num, style = min(len(run.columns["update"]) for run in cell.runs), styles[cell.method]
             x = np.median([run.columns[column][:num] for run in cell.runs], axis=0)
             returns = np.array([run.columns["return_mean"][:num] for run in cell.runs])  # (seeds, evaluations)
-            axis.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=color, alpha=0.2, linewidth=0)
-            axis.plot(x, returns.mean(axis=0), color=color, label=f"{cell.method} ({len(cell.runs)})")
+            axis.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
+            axis.plot(x, returns.mean(axis=0), **style, label=f"{cell.method} ({len(cell.runs)})")
         if behaviour is not None:
             axis.axhline(behaviour, color="black", linestyle="--", label="the data's mean")
         axis.set(xlabel=label, xlim=(0, None))
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("return in the real environment")
     figure.suptitle(f"{cells[0].dataset}: mean and range of seeds (their number)", fontsize="medium")
-    finish(figure, path)
+    finish(figure, path, source(cells))
 
 
 def draw_scores(path: Path, cells: list[Cell]) -> None:
@@ -361,7 +403,7 @@ def draw_scores(path: Path, cells: list[Cell]) -> None:
     axis.set_xlabel(label)
     figure.suptitle(f"{cells[0].dataset}: seeds (their number) and their mean", fontsize="medium")
     axis.grid(axis="x", alpha=0.3)
-    finish(figure, path)
+    finish(figure, path, source(cells))
 
 
 @cache
@@ -370,19 +412,21 @@ def has_model(algo: str) -> bool:
     return "dynamics" in importlib.import_module(f"algos.{algo}").Args.__dataclass_fields__
 
 
-def draw_profiles(path: Path, groups: list, colors: dict[str, tuple]) -> None:
+def draw_profiles(path: Path, cells: list[Cell], groups: list, styles: dict[str, dict]) -> None:
+    """Of the groups of several datasets, where there are some."""
+    groups = [group for group in groups if min(map(len, group)) > 1] or groups[:1]
     figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), layout="constrained", squeeze=False)
     everything = np.concatenate([s for _, methods in groups for scores in methods.values() for s in scores])
     thresholds = np.linspace(min(everything.min(), 0), max(everything.max(), 100) * 1.02, 201)
     for axis, (names, methods) in zip(axes[0], groups):
         for method, scores in methods.items():
             low, high = interval(lambda s: profile(s, thresholds), scores)
-            axis.fill_between(thresholds, low, high, color=colors[method], alpha=0.2, linewidth=0)
-            axis.plot(thresholds, profile(scores, thresholds), color=colors[method], label=method)
+            axis.fill_between(thresholds, low, high, color=styles[method]["color"], alpha=0.2, linewidth=0)
+            axis.plot(thresholds, profile(scores, thresholds), **styles[method], label=method)
         axis.set_xlabel("normalised score")
-        axis.set_title(", ".join(names) if len(names) < 3 else f"{len(names)} datasets", fontsize="medium")
+        axis.set_title("\n".join(names), fontsize="small")
     axes[0, 0].set_ylabel("share of runs above it")
-    finish(figure, path)
+    finish(figure, path, source(cells))
 
 
 # --- Text ---
@@ -447,33 +491,24 @@ def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]])
     return text + (f"\n{table('A, B, P(A > B)', pairs)}\n" if pairs else "")
 
 
-def comparison(cells: list[Cell], methods: tuple[str, str], datasets: tuple[str, ...]) -> str:
-    """Two methods dataset by dataset and over all of them. Raises InputError where they cannot be compared."""
-    of = [{cell.dataset: cell for cell in cells if cell.method == method} for method in methods]
-    names = datasets or sorted(of[0].keys() & of[1].keys())
-    if not names:
-        known = ", ".join(sorted({cell.method for cell in cells}))
-        raise InputError(f"no dataset has runs of {methods[0]} and of {methods[1]}: the methods are {known}")
-    rows, scores = [], ([], [])
-    for name in names:
-        for method, cell in zip(methods, of):
-            if name not in cell or not np.isfinite(cell[name].facts["score"]).all():
-                raise InputError(f"no normalised scores of {method} on {name}: choose --datasets that have some")
-        one, other = (cell[name] for cell in of)
-        if one.updates != other.updates:
-            updates = f"{one.updates} updates of {one.method} and {other.updates} of {other.method}"
-            raise InputError(f"{updates} on {name} are no comparison: choose other --datasets")
-        pair = [cell.facts["score"] for cell in (one, other)]
-        for column, values in zip(scores, pair):
-            column.append(values)
-        rows.append([name, *(f"{mean_sd(values)} ({len(values)})" for values in pair), pair])
-    rows.append(
-        [f"mean of {len(names)}", *(number(float(np.mean([v.mean() for v in s]))) for s in scores), sum(scores, [])]
-    )
-    for row in rows:
-        both = row.pop()
-        row += [with_interval(difference, both, 1), with_interval(first_better, both, 2)]
-    return table(f"dataset, {', '.join(m.replace(',', ' ') for m in methods)}, difference, P(first > second)", rows)
+def paired(cells: list[Cell], methods: tuple[str, str], datasets: Iterable[str] = ()) -> list[tuple[Cell, Cell]]:
+    """Of each of the datasets, by default of all, where the two methods were run and scored in the same way."""
+    one, other = ({cell.protocol: cell for cell in cells if cell.method == method} for method in methods)
+    pairs = [(one[name], other[name]) for name in sorted(one.keys() & other.keys())]
+    pairs = [pair for pair in pairs if all(np.isfinite(cell.facts["score"]).all() for cell in pair)]
+    return [pair for pair in pairs if not datasets or pair[0].dataset in datasets]
+
+
+def comparison(pairs: list[tuple[Cell, Cell]]) -> str:
+    rows, scores = [], [[cell.facts["score"] for cell in pair] for pair in pairs]
+    for (cell, _), both in zip(pairs, scores):
+        rows.append([cell.protocol, *(f"{mean_sd(s)} ({len(s)})" for s in both), both])
+    firsts, seconds = map(list, zip(*scores))
+    means = [number(float(np.mean([s.mean() for s in column]))) for column in (firsts, seconds)]
+    rows.append([f"mean of {len(pairs)}", *means, firsts + seconds])
+    rows = [[*row, with_interval(difference, both, 1), with_interval(first_better, both, 2)] for *row, both in rows]
+    names = [cell.method.replace(",", " ") for cell in pairs[0]]  # a comma would end the column
+    return table(f"dataset, {', '.join(names)}, difference, P(first > second)", rows)
 
 
 def origin_table(cells: list[Cell]) -> str:
@@ -501,12 +536,13 @@ def report(cells: list[Cell], groups: list, figures: dict[str, str]) -> str:
     profiles = "Share of runs above a score, with 95 % intervals:\n\n![Performance profiles](profile.png)"
     over_datasets = [*(overall_tables(*group) for group in groups), profiles] if groups else ["No normalised scores."]
     images = [f"![Return on {dataset}](curves-{name})\n" for dataset, name in figures.items()]
+    compared = [f"{comparison(pairs)}\n" for question in COMPARED if (pairs := paired(cells, *question))]
     displaced = [f"## Displaced\n\n{DISPLACEMENT}\n{text}\n"] if (text := displacement_table(cells)) else []
     dots = [f"![Scores on {dataset}](scores-{name})\n" for dataset, name in figures.items()]
     return "\n".join(
         [
             "# Scores\n\nWritten by `python benchmarks/report.py` from the csv files of the runs.\n",
-            *(LEGEND, "", score_table(cells), "", *dots, "## Over datasets\n", OVERALL, "", *over_datasets),
+            *(LEGEND, "", score_table(cells), "", *dots, "## Over datasets\n", OVERALL, "", *compared, *over_datasets),
             *(
                 "\n## Learning curves\n",
                 CURVES,
@@ -564,10 +600,19 @@ def main(args: Args) -> None:
         import_runs(args)
     cells = read_cells(args.out)
     if args.compare:
-        print(comparison(cells, args.compare, args.datasets))
+        pairs = paired(cells, args.compare, args.datasets)
+        if missing := set(args.datasets) - {cell.dataset for cell, _ in pairs} or not pairs:
+            where = ", ".join(sorted(missing)) if args.datasets else "any dataset"
+            known = ", ".join(sorted({cell.method for cell in cells}))
+            nothing = f"no scores of both {args.compare[0]} and {args.compare[1]} after the same updates on {where}"
+            raise InputError(f"{nothing}: the methods are {known}")
+        print(comparison(pairs))
         return
     groups = comparable(cells)
-    colors = {m: plt.get_cmap("tab20")(i % 20) for i, m in enumerate(sorted({cell.method for cell in cells}))}
+    styles = {
+        method: {"color": plt.get_cmap("tab20")(i % 20), "linestyle": ("-", "--", ":")[i // 20 % 3]}
+        for i, method in enumerate(sorted({cell.method for cell in cells}))
+    }
     args.out_dir.mkdir(parents=True, exist_ok=True)
     figures = {cell.dataset: f"{cell.dataset.replace('/', '-')}.png" for cell in cells}
     for dataset, name in figures.items():
@@ -575,9 +620,9 @@ def main(args: Args) -> None:
         # more than ten lines cannot be told apart: those with a setting changed go first
         here = [cell for cell in here if len(here) <= 10 or not cell.variant] or here
         draw_scores(args.out_dir / f"scores-{name}", here)
-        draw_curves(args.out_dir / f"curves-{name}", here, colors)
+        draw_curves(args.out_dir / f"curves-{name}", here, styles)
     if groups:
-        draw_profiles(args.out_dir / "profile.png", groups, colors)
+        draw_profiles(args.out_dir / "profile.png", cells, groups, styles)
     (args.out_dir / "report.csv").write_text(report_csv(cells))
     (args.out_dir / "report.md").write_text(report(cells, groups, figures))
     ours = (args.out, args.out_dir) == (Args.out, Args.out_dir)
