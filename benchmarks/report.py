@@ -523,13 +523,22 @@ def origin_table(cells: list[Cell]) -> str:
 
 
 def published_tables() -> str:
+    """A table per method and source: environments by grades of data."""
     with open(ROOT / "benchmarks" / "published.csv", newline="") as file:
-        rows, tables = list(csv.DictReader(file)), {}
-    for row in rows:
-        row["score"] += f" ± {row['spread']}" if row["spread"] else ""
-        title = f"**{row['method']}, {row['data_version']}**, seeds: {row['seeds']}. {row['protocol']} {row['source']}"
-        tables.setdefault(title, []).append([row["dataset"], row["score"], row["note"]])
-    return "\n\n".join(f"{title}\n\n{table('dataset, score, note', lines)}" for title, lines in tables.items())
+        sources, parts = {}, []
+        for row in csv.DictReader(file):
+            title = (
+                f"**{row['method']}, {row['data_version']}**, seeds: {row['seeds']}. {row['protocol']} {row['source']}"
+            )
+            sources.setdefault(title, []).append(row)
+    for title, rows in sources.items():
+        notes = [f"{row['dataset']}: {row['note']}." for row in rows if row["note"]]
+        scores = {tuple(row["dataset"].split("-", 1)): row for row in rows}
+        scores = {key: row["score"] + f" ± {row['spread']}" * bool(row["spread"]) for key, row in scores.items()}
+        envs, grades = (list(dict.fromkeys(part)) for part in zip(*scores))
+        lines = [[env, *(scores.get((env, grade), "") for grade in grades)] for env in envs]
+        parts += [" ".join([title, *notes]), table(", ".join(["", *grades]), lines)]
+    return "\n\n".join(parts)
 
 
 def report(cells: list[Cell], groups: list, figures: dict[str, str]) -> str:
