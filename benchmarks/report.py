@@ -48,8 +48,8 @@ COMPARED = [  # methods that a grid was made to compare, and on which datasets
 DISPLACED = ("forced_actions", "step", "return_mean", "episodes", "distance")
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
-- **score**: mean of a run's last evaluations, normalised as in D4RL (0 = random policy, 100 = expert); **return**: the
-  same, not normalised. Mean ± standard deviation over seeds.
+- **score**: mean of a run's last evaluations (**last** says of how many), normalised as in D4RL (0 = random policy,
+  100 = expert); **return**: the same, not normalised. Mean ± standard deviation over seeds.
 - **best**: mean over seeds of each run's best evaluation, normalised and as return. Nobody without the real environment
   can choose it; it stands here to show what choosing it would have claimed.
 - **data**: mean of the data's own episodes, normalised and as return.
@@ -453,12 +453,12 @@ def score_table(cells: list[Cell]) -> str:
     rows = []
     for cell in cells:
         mean = {name: number(values.mean()) for name, values in cell.facts.items()}
-        row = [cell.dataset, cell.method, len(cell.runs), cell.updates]
+        row = [cell.dataset, cell.method, len(cell.runs), cell.updates, cell.runs[0].about["score_evals"]]
         row += [mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
         row += [f"{mean[f'{what}_score']} ({mean[f'{what}_return']})" for what in ("best", "data")]
         row += [mean["minutes"], number(cell.facts["updates_per_second"].mean(), 0)]
         rows.append([*row, number(cell.facts["peak_memory_gb"].max())])
-    return table("dataset, method, seeds, updates, score, return, best, data, minutes, updates/s, GB", rows)
+    return table("dataset, method, seeds, updates, last, score, return, best, data, minutes, updates/s, GB", rows)
 
 
 def displacement_table(cells: list[Cell]) -> str:

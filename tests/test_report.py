@@ -78,7 +78,7 @@ def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tm
         rel=1e-5,
     )  # the peak memory of one seed is not known, so that of the cell is not either
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| a/v0 | mopo | 2 | 40 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 (75.0) | 0.5 (1.0) | 4.0 | 8 | - |" in text
+    assert "| a/v0 | mopo | 2 | 40 | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 (75.0) | 0.5 (1.0) | 4.0 | 8 | - |" in text
     assert (tmp_path / "out" / "curves-a-v0.png").stat().st_size and (tmp_path / "out" / "profile.png").stat().st_size
 
 
