@@ -37,7 +37,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
-from unittest import mock
 
 import tyro
 from tqdm import tqdm
@@ -200,7 +199,7 @@ def make_runs(name: str, blocks: list[dict], args: Args) -> list[Run]:
     return runs
 
 
-def make_run(cell: dict, named: list[str], folder: Path, elsewhere: bool) -> Run:
+def make_run(cell: dict, named: list[str], folder: Path, on_ray: bool) -> Run:
     script, scripts = cell.pop("script"), sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
     if script not in scripts:
         raise InputError(f"there is no script algos/{script}.py, only {', '.join(scripts)}")
@@ -214,16 +213,17 @@ def make_run(cell: dict, named: list[str], folder: Path, elsewhere: bool) -> Run
         flags += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
     variant = ",".join(f"{key}={cell[key]}" for key in named)
     name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
-    return Run(script, variant, folder / name, flags, read_settings(module, flags, elsewhere))
+    settings = read_settings(module, [*flags, *("--device", "auto") * on_ray])
+    if on_ray and "device" in cell:  # the GPU is a node's, this machine needs none
+        settings["device"] = cell["device"]
+    return Run(script, variant, folder / name, flags, settings)
 
 
-def read_settings(module, flags: list[str], elsewhere: bool) -> dict:
+def read_settings(module, flags: list[str]) -> dict:
     """All settings of a run with these flags, as the script itself reads them."""
     argv, sys.argv = sys.argv, [module.__file__, *flags]
-    # a run elsewhere does not need a GPU in this machine
-    gpu = mock.patch("torch.cuda.is_available", return_value=True) if elsewhere else contextlib.nullcontext()
     try:
-        with gpu, contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
             return json.loads(json.dumps(asdict(module.read_args()[0])))
     except SystemExit:  # tyro has drawn a box: a title, what is wrong, a rule, help
         lines = itertools.takewhile(lambda line: "│ ──" not in line, said.getvalue().splitlines()[1:])
