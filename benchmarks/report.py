@@ -246,8 +246,16 @@ class Cell:
         return f"{self.algo} {self.variant}".strip()
 
     @property
+    def scored(self) -> bool:
+        return np.isfinite(self.facts["score"]).all()
+
+    @property
+    def score_evals(self) -> int:
+        return self.runs[0].about["score_evals"]
+
+    @property
     def protocol(self) -> str:
-        return f"{self.dataset} ({self.updates} updates, last {self.runs[0].about['score_evals']})"
+        return f"{self.dataset} ({self.updates} updates, last {self.score_evals})"
 
     @property
     def updates(self) -> str:
@@ -341,7 +349,7 @@ def comparable(cells: list[Cell]) -> list[tuple[tuple[str, ...], dict[str, list[
     """
     scores = {}
     for cell in cells:
-        if np.isfinite(cell.facts["score"]).all():
+        if cell.scored:
             scores.setdefault(cell.method, {})[cell.protocol] = cell.facts["score"]
     sets = {tuple(sorted(set(a) & set(b))) for a, b in itertools.combinations_with_replacement(scores.values(), 2)}
     sets = sorted(sets - {()}, key=lambda names: (-len(names), names))
@@ -353,12 +361,9 @@ def comparable(cells: list[Cell]) -> list[tuple[tuple[str, ...], dict[str, list[
 
 
 # --- Figures ---
-def source(cells: list[Cell]) -> str:
-    """What a figure of these cells is made from; it stands in the file, so that a figure's age can be told."""
-    return hashlib.sha256(b"".join(run.path.read_bytes() for cell in cells for run in cell.runs)).hexdigest()
-
-
-def finish(figure: plt.Figure, path: Path, source: str | None = None) -> None:
+def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
+    """Writes it with the hash of the csv files that it is made from, so that an old figure can be told."""
+    source = hashlib.sha256(b"".join(run.path.read_bytes() for cell in cells for run in cell.runs)).hexdigest()
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
@@ -384,7 +389,7 @@ def draw_curves(path: Path, cells: list[Cell], styles: dict[str, dict]) -> None:
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("return in the real environment")
     figure.suptitle(f"{cells[0].dataset}: mean and range of seeds (their number)", fontsize="medium")
-    finish(figure, path, source(cells))
+    finish(figure, path, cells)
 
 
 def draw_scores(path: Path, cells: list[Cell]) -> None:
@@ -403,7 +408,7 @@ def draw_scores(path: Path, cells: list[Cell]) -> None:
     axis.set_xlabel(label)
     figure.suptitle(f"{cells[0].dataset}: seeds (their number) and their mean", fontsize="medium")
     axis.grid(axis="x", alpha=0.3)
-    finish(figure, path, source(cells))
+    finish(figure, path, cells)
 
 
 @cache
@@ -426,7 +431,7 @@ def draw_profiles(path: Path, cells: list[Cell], groups: list, styles: dict[str,
         axis.set_xlabel("normalised score")
         axis.set_title("\n".join(names), fontsize="small")
     axes[0, 0].set_ylabel("share of runs above it")
-    finish(figure, path, source(cells))
+    finish(figure, path, cells)
 
 
 # --- Text ---
@@ -453,7 +458,7 @@ def score_table(cells: list[Cell]) -> str:
     rows = []
     for cell in cells:
         mean = {name: number(values.mean()) for name, values in cell.facts.items()}
-        row = [cell.dataset, cell.method, len(cell.runs), cell.updates, cell.runs[0].about["score_evals"]]
+        row = [cell.dataset, cell.method, len(cell.runs), cell.updates, cell.score_evals]
         row += [mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
         row += [f"{mean[f'{what}_score']} ({mean[f'{what}_return']})" for what in ("best", "data")]
         row += [mean["minutes"], number(cell.facts["updates_per_second"].mean(), 0)]
@@ -493,9 +498,8 @@ def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]])
 
 def paired(cells: list[Cell], methods: tuple[str, str], datasets: Iterable[str] = ()) -> list[tuple[Cell, Cell]]:
     """Of each of the datasets, by default of all, where the two methods were run and scored in the same way."""
-    one, other = ({cell.protocol: cell for cell in cells if cell.method == method} for method in methods)
+    one, other = ({cell.protocol: cell for cell in cells if cell.method == m and cell.scored} for m in methods)
     pairs = [(one[name], other[name]) for name in sorted(one.keys() & other.keys())]
-    pairs = [pair for pair in pairs if all(np.isfinite(cell.facts["score"]).all() for cell in pair)]
     return [pair for pair in pairs if not datasets or pair[0].dataset in datasets]
 
 
@@ -574,7 +578,7 @@ def report_csv(cells: list[Cell]) -> str:
         updates = min(run.columns["update"][-1] for run in cell.runs)
         values = [f.max() if name == "peak_memory_gb" else f.mean() for name, f in cell.facts.items()]
         values += [cell.facts[name].std(ddof=1) if len(cell.runs) > 1 else np.nan for name in ("score", "return")]
-        line = [cell.dataset, cell.algo, cell.variant, len(cell.runs), int(updates), cell.runs[0].about["score_evals"]]
+        line = [cell.dataset, cell.algo, cell.variant, len(cell.runs), int(updates), cell.score_evals]
         lines.append(line + [f"{value:.6g}" if np.isfinite(value) else "" for value in values])
     csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
     return text.getvalue()

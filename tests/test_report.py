@@ -197,7 +197,8 @@ def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_se
     assert not (tmp_path / "csv").exists()  # what is refused leaves nothing
     for seed in range(3):
         report.main(Args(runs=(tmp_path / "g" / str(seed),), out=tmp_path / f"csv{seed}", out_dir=tmp_path / "out"))
-    (tmp_path / "csv2" / "a-v0__mopo__2.csv").rename(tmp_path / "csv0" / "a-v0__mopo__2.csv")
+    for seed in (1, 2):
+        (tmp_path / f"csv{seed}" / f"a-v0__mopo__{seed}.csv").rename(tmp_path / "csv0" / f"a-v0__mopo__{seed}.csv")
     with pytest.raises(InputError, match="csv0/a-v0__mopo__0.csv and .*__2.csv differ in gamma"):
         report.main(Args(out=tmp_path / "csv0", out_dir=tmp_path / "out"))
     (tmp_path / "csv0").rename(tmp_path / "csv")
@@ -206,7 +207,7 @@ def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_se
         about = json.loads(first.removeprefix("# "))
         del about["settings"]
         path.write_text(f"# {json.dumps(about)}\n{rest}")
-    assert call(tmp_path)["a/v0", ""]["seeds"] == "2"
+    assert call(tmp_path)["a/v0", ""]["seeds"] == "3"
 
 
 def test_the_readme_shows_a_scripts_own_settings_or_where_there_are_none_the_least_changed(tmp_path):
