@@ -111,6 +111,7 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
     events = EventAccumulator(str(folder)).Reload()
     own = {
         "mopo": {"critic_loss", "actor_loss", "q", "alpha", "penalty_mean", "penalty_max", "model_buffer_size"},
+        "mobile": {"critic_loss", "actor_loss", "q", "alpha", "inconsistency", "model_buffer_size"},
         "combo": {"critic_loss", "actor_loss", "q", "alpha", "conservative_gap", "model_buffer_size"},
         "morel": {"critic_loss", "q", "alpha", "halt_rate", "rollout_mean", "pessimistic_return", "model_buffer_size"},
         "morel_npg": {"halt_rate", "rollout_mean", "pessimistic_return", "explained_variance", "kl"},

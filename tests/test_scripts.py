@@ -95,7 +95,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 def test_scripts_are_found():
     assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql", "sac_bc", "onestep"} <= set(SCRIPTS)
-    assert {"osr", "osr_v", "sdc", "sdm_gan"} <= set(SCRIPTS)
+    assert {"osr", "osr_v", "sdc", "sdm_gan", "mobile"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)

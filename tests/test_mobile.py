@@ -1,0 +1,296 @@
+"""MOBILE's functions against an independent float64 NumPy computation, hand-made members and mopo.py."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch._inductor.config
+from test_combo import (
+    ACTION_DIM,
+    BATCH,
+    OBS_DIM,
+    TERMINAL,
+    as_rows,
+    changed,
+    needs_compiler,
+    never,
+    numpy_actor,
+    numpy_q,
+    random_agent,
+    random_batch,
+    random_noise,
+    snapshot,
+)
+from torch import nn
+
+import algos.mobile as mobile
+import algos.mopo as mopo
+from common.dataset import InputError
+from common.dynamics import Dynamics
+
+NUM_REAL, K, NUM_ELITES = 4, 3, 5
+ROWS = BATCH - NUM_REAL
+
+
+# --- Helpers ---
+def random_dynamics(dtype=torch.float64) -> Dynamics:
+    """Untrained members that differ, in units of their own; two of the seven are no elites."""
+    torch.manual_seed(3)
+    dynamics = Dynamics(OBS_DIM, ACTION_DIM, hidden=16)
+    dynamics.elites.copy_(torch.tensor([6, 1, 3, 0, 4]))
+    dynamics.input_mean.copy_(torch.randn(OBS_DIM + ACTION_DIM))
+    dynamics.input_std.copy_(torch.rand(OBS_DIM + ACTION_DIM) + 0.5)
+    return dynamics.to(dtype).requires_grad_(False)
+
+
+def random_model_noise(dtype=torch.float64, num_samples: int = K, rows: int = ROWS) -> torch.Tensor:
+    shape = num_samples, NUM_ELITES, rows, OBS_DIM + 1 + ACTION_DIM
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+
+
+def inconsistency(agent, dynamics, obs, action, noise) -> torch.Tensor:
+    backups = mobile.member_backups(dynamics, agent.actor, agent.target_critic, obs, action, noise)
+    assert backups.shape == (noise.shape[1], len(obs))
+    return mobile.bellman_inconsistency(backups)
+
+
+def numpy_member(dynamics: Dynamics, member: int, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of next_obs, of one member: four hidden layers of swish, a soft clamp of the log-variance."""
+    x = (np.concatenate([obs, action], 1) - dynamics.input_mean.numpy()) / dynamics.input_std.numpy()
+    for layer in dynamics.layers[:-1]:
+        z = x @ layer.weight[member].numpy() + layer.bias[member].numpy()
+        x = z / (1 + np.exp(-z))
+    out = x @ dynamics.layers[-1].weight[member].numpy() + dynamics.layers[-1].bias[member].numpy()
+    mean, logvar = np.split(out, 2, axis=1)
+    high, low = dynamics.max_logvar.numpy(), dynamics.min_logvar.numpy()
+    logvar = high - np.log1p(np.exp(high - logvar))
+    logvar = low + np.log1p(np.exp(logvar - low))
+    return obs + mean[:, :OBS_DIM], np.exp(logvar / 2)[:, :OBS_DIM]
+
+
+def numpy_inconsistency(agent, dynamics, obs, action, noise) -> np.ndarray:
+    """Member by member, sample by sample."""
+    values = np.zeros((NUM_ELITES, len(obs)))
+    for i, member in enumerate(dynamics.elites.tolist()):
+        mean, std = numpy_member(dynamics, member, obs, action)
+        for draw in noise.numpy()[:, i]:
+            next_obs = mean + std * draw[:, :OBS_DIM]
+            next_action, _ = numpy_actor(agent.actor, next_obs, draw[:, OBS_DIM + 1 :])
+            q = [numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)]
+            values[i] += np.minimum(*q) / len(noise)
+    return np.sqrt(((values - values.mean(0)) ** 2).sum(0) / (NUM_ELITES - 1))
+
+
+class Members:
+    """Elite i moves every state to c_i v, without noise."""
+
+    def __init__(self, c: torch.Tensor, v: torch.Tensor):
+        self.elites, self.next_obs = torch.arange(len(c)), c[:, None] * v
+
+    def sample_elites(self, obs, action, noise):
+        num_samples, num_elites, rows = noise.shape[:3]
+        next_obs = self.next_obs[:, None].expand(num_samples, num_elites, rows, -1)
+        return next_obs, torch.zeros(noise.shape[:3], dtype=obs.dtype)
+
+
+class LinearCritic(nn.Module):
+    """Both Q are w s, whatever the action."""
+
+    def __init__(self, w: torch.Tensor):
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, obs, action):
+        return (obs @ self.w).expand(2, -1)
+
+
+def target(agent, batch, noise, penalty, alpha=0.0, clamp=False, gamma=0.9) -> torch.Tensor:
+    """y (batch,), read off the gradient of the loss where Q(s,a) = 0."""
+    agent = copy.copy(agent)
+    q = torch.zeros(2, BATCH, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor(alpha, dtype=torch.float64)
+    nets = (lambda obs, action: q), agent.target_critic, agent.actor
+    loss, _ = mobile.critic_loss(*nets, alpha, batch, noise, gamma, penalty, clamp)
+    return -torch.autograd.grad(loss, q)[0][0] * BATCH / 2
+
+
+# --- The method ---
+def test_inconsistency_matches_numpy():
+    agent, dynamics, noise = random_agent(mobile, mobile.Args()), random_dynamics(), random_model_noise()
+    obs, action = (x[NUM_REAL:] for x in random_batch()[:2])
+    ours = inconsistency(agent, dynamics, obs, action, noise)
+    expected = numpy_inconsistency(agent, dynamics, obs.numpy(), action.numpy(), noise)
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-9)
+    assert (expected > 1e-3).all()
+
+
+def test_inconsistency_of_members_on_a_line_under_a_linear_critic_is_exact():
+    agent = random_agent(mobile, mobile.Args())
+    c = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0], dtype=torch.float64)
+    v, w = torch.randn(2, OBS_DIM, dtype=torch.float64)
+    agent.target_critic = LinearCritic(w)
+    ours = inconsistency(agent, Members(c, v), *random_batch()[:2], random_model_noise(rows=BATCH))
+    torch.testing.assert_close(ours, ((w @ v).abs() * np.std(c.numpy(), ddof=1)).expand(BATCH))
+
+
+def test_members_that_disagree_where_the_value_is_flat_are_consistent():
+    agent, v = random_agent(mobile, mobile.Args()), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    agent.target_critic = LinearCritic(torch.tensor([0.0, 5.0, 5.0], dtype=torch.float64))
+    members = Members(torch.arange(5.0, dtype=torch.float64) * 100, v)
+    assert (inconsistency(agent, members, *random_batch()[:2], random_model_noise(rows=BATCH)) == 0).all()
+
+
+def test_inconsistency_of_equal_members_vanishes_with_the_root_of_the_number_of_samples():
+    agent, dynamics = random_agent(mobile, mobile.Args()), random_dynamics()
+    with torch.no_grad():
+        for p in dynamics.parameters():
+            if p.shape[0] == dynamics.num_members and p.ndim == 3:
+                p.copy_(p[:1].clone().expand_as(p))
+    few, many = (
+        inconsistency(agent, dynamics, *random_batch()[:2], random_model_noise(num_samples=n, rows=BATCH)).mean().item()
+        for n in (10, 1_000)
+    )
+    assert few > 1e-3 and few / many == pytest.approx(10, rel=0.3)
+    same = random_model_noise(num_samples=1, rows=BATCH)[:, :1].expand(-1, NUM_ELITES, -1, -1)
+    assert inconsistency(agent, dynamics, *random_batch()[:2], same).max() < 1e-12
+
+
+# --- Losses ---
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("clamp", [False, True])
+def test_critic_loss_matches_numpy(alpha, clamp):
+    agent, batch, noise = random_agent(mobile, mobile.Args()), random_batch(), random_noise()[0][0]
+    penalty = torch.rand(BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 3
+    nets = agent.critic, agent.target_critic, agent.actor
+    loss, info = mobile.critic_loss(*nets, torch.tensor(alpha).double(), batch, noise, 0.9, penalty, clamp)
+    obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
+    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, noise.numpy())
+    next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
+    next_value = next_value - float(np.float32(alpha)) * next_log_prob
+    y = reward - penalty.numpy() + np.where(terminal == 1, 0.0, 0.9 * next_value)
+    assert (y < 0).any() and (y > 0).any()
+    y = np.where(y < 0, 0.0, y) if clamp else y
+    q = [numpy_q(agent.critic, j, obs, action) for j in (0, 1)]
+    assert loss.item() == pytest.approx(sum(((one - y) ** 2).mean() for one in q), rel=1e-9)
+    assert info["q"].item() == pytest.approx(np.mean(q), rel=1e-9)
+
+
+def test_without_penalty_and_clamp_the_critic_loss_is_that_of_mopo():
+    agent, batch, noise = random_agent(mobile, mobile.Args()), random_batch(), random_noise()[0][0]
+    nets, alpha = (agent.critic, agent.target_critic, agent.actor), torch.tensor(0.3).double()
+    ours, _ = mobile.critic_loss(*nets, alpha, batch, noise, 0.9, torch.zeros(BATCH).double(), False)
+    theirs, _ = mopo.critic_loss(*nets, alpha, batch, noise, 0.9)
+    assert torch.equal(ours, theirs)
+
+
+def test_targets_below_zero_become_zero_only_on_request():
+    agent, batch, noise = random_agent(mobile, mobile.Args()), random_batch(), random_noise()[0][0]
+    batch[2], batch[4] = torch.full_like(batch[2], -1.0), torch.ones_like(batch[4])
+    penalty = torch.zeros(BATCH).double()
+    assert (target(agent, batch, noise, penalty, clamp=True) == 0).all()
+    torch.testing.assert_close(target(agent, batch, noise, penalty), batch[2])
+
+
+def test_target_passes_no_gradient():
+    agent, batch, noise = random_agent(mobile, mobile.Args()), random_batch(), random_noise()[0][0]
+    dynamics = random_dynamics().requires_grad_(True)
+    agent.target_critic.requires_grad_(True)
+    u = inconsistency(agent, dynamics, batch[0], batch[1], random_model_noise(rows=BATCH))
+    nets = agent.critic, agent.target_critic, agent.actor
+    loss, _ = mobile.critic_loss(*nets, torch.tensor(0.3).double(), batch, noise, 0.9, u, False)
+    rest = [*agent.target_critic.parameters(), *agent.actor.parameters(), *dynamics.parameters()]
+    assert torch.autograd.grad(loss, rest, allow_unused=True) == (None,) * len(rest)
+
+
+# --- Update ---
+def update(settings: dict, seed_agent=None):
+    args = mobile.Args(real_ratio=NUM_REAL / BATCH, **settings)
+    agent = seed_agent or random_agent(mobile, args)
+    noise, _ = random_noise()
+    info = mobile.update(agent, random_dynamics(), as_rows(random_batch()), noise, random_model_noise(), args)
+    return agent, info
+
+
+@pytest.mark.parametrize("fixed_alpha", [None, 0.2])
+@pytest.mark.parametrize("backup_entropy", [False, True])
+def test_first_critic_step_is_on_the_targets_of_numpy(backup_entropy, fixed_alpha):
+    """The loss that `update` reports, with all parts computed independently: simulated rows alone pay."""
+    settings = {"penalty_coef": 0.7, "backup_entropy": backup_entropy, "fixed_alpha": fixed_alpha}
+    agent, dynamics, batch = random_agent(mobile, mobile.Args()), random_dynamics(), random_batch()
+    obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
+    u = numpy_inconsistency(agent, dynamics, obs[NUM_REAL:], action[NUM_REAL:], random_model_noise())
+    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, random_noise()[0][0].numpy())
+    next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
+    next_value -= backup_entropy * (fixed_alpha or 1.0) * next_log_prob  # log_alpha starts at 0
+    y = reward + 0.99 * (1 - terminal) * next_value
+    y[NUM_REAL:] -= 0.7 * u
+    q = [numpy_q(agent.critic, j, obs, action) for j in (0, 1)]
+    agent, info = update(settings, agent)
+    assert info["critic_loss"].item() == pytest.approx(sum(((one - y) ** 2).mean() for one in q), rel=1e-6)
+    assert info["inconsistency"].item() == pytest.approx(u.mean(), rel=1e-9)
+    assert info["alpha"].item() == pytest.approx(fixed_alpha or 1.0)
+
+
+def test_updates_without_a_penalty_and_with_entropy_are_those_of_mopo():
+    settings = dict(actor_lr=2e-3, critic_lr=1e-3, alpha_lr=3e-3, gamma=0.95, tau=0.1, penalty_coef=0.0)
+    agent = random_agent(mobile, mobile.Args(**settings))
+    theirs, args = copy.deepcopy(agent), mopo.Args(**settings)
+    for _ in range(3):
+        update(settings | {"backup_entropy": True}, agent)
+        mopo.update(theirs, as_rows(random_batch()), random_noise()[0], args)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(agent.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("fixed_alpha", [None, 0.2])
+def test_update_moves_every_part_but_a_fixed_temperature(fixed_alpha):
+    agent = random_agent(mobile, mobile.Args())
+    before = snapshot(agent)
+    update({"fixed_alpha": fixed_alpha}, agent)
+    parts = {"actor", "critic", "target_critic", "actor_opt", "critic_opt"}
+    assert changed(agent, before) == parts | (set() if fixed_alpha else {"log_alpha", "alpha_opt"})
+
+
+@needs_compiler
+def test_compiled_and_eager_updates_agree(capsys):
+    args = mobile.Args(num_samples=K, real_ratio=NUM_REAL / BATCH, hidden_layers=1, clamp_target=True)
+    eager = random_agent(mobile, args, torch.float32)
+    graph, dynamics = copy.deepcopy(eager), random_dynamics(torch.float32)
+    inputs = as_rows(random_batch(torch.float32)), random_noise(torch.float32)[0], random_model_noise(torch.float32)
+    step = mobile.compiled(lambda *x: mobile.update(graph, dynamics, *x, args), args, torch.device("cpu"))
+    step = torch._inductor.config.patch({"cpp.vec_isa_ok": True})(step)  # skips test compilations, ten seconds
+    for _ in range(10):
+        expected, found = mobile.update(eager, dynamics, *inputs, args), step(*inputs)
+    assert capsys.readouterr().out == ""  # it really was compiled
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(graph.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# --- Rollouts, settings ---
+def test_rollout_rows_are_what_the_model_said_without_a_penalty():
+    torch.manual_seed(0)
+    dynamics, args = random_dynamics(torch.float32), mobile.Args(rollout_length=1, penalty_coef=100.0)
+    rows = mobile.rollout(dynamics, mobile.Actor(OBS_DIM, ACTION_DIM), never, torch.zeros(4_000, OBS_DIM), args)
+    assert rows.shape == (4_000, TERMINAL + 1)
+    obs, action, reward = rows[:, :OBS_DIM], rows[:, OBS_DIM : OBS_DIM + ACTION_DIM], rows[:, OBS_DIM + ACTION_DIM]
+    _, mean, std = dynamics.predict(obs, action)  # (num_members, rows) each
+    mean, std = mean[dynamics.elites], std[dynamics.elites][..., -1]
+    assert reward.mean().item() == pytest.approx(mean.mean().item(), abs=5 * std.mean().item() / math.sqrt(4_000))
+
+
+@pytest.mark.parametrize("settings", [{"real_ratio": 1.0}, {"num_elites": 1}], ids=str)
+def test_a_batch_without_simulated_rows_and_a_lone_elite_are_refused(settings):
+    with pytest.raises(InputError, match="--real-ratio below 1 and --num-elites above 1"):
+        mobile.main(mobile.Args(**settings), [])
+
+
+def test_tuned_settings_are_those_of_the_authors_code_under_both_names():
+    hopper = {"rollout_length": 5, "penalty_coef": 1.5, "clamp_target": True}
+    assert mobile.TUNED["hopper/medium-v0"] == hopper | {"fixed_alpha": 0.2}
+    assert mobile.TUNED["d4rl/hopper-medium-expert-v2"] == hopper
+    assert mobile.TUNED["halfcheetah/medium-expert-v0"]["real_ratio"] == 0.5
+    assert mobile.TUNED["d4rl/walker2d-medium-v2"]["dynamics_max_epochs"] == 30
+    assert len(mobile.TUNED) == 19
