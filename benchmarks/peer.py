@@ -127,10 +127,11 @@ def main(args: Args) -> None:
 
     for trainer in (MBPolicyTrainer, MFPolicyTrainer):
         trainer._evaluate = rarely(trainer._evaluate)
-    for policy in (policies.MOPOPolicy, policies.COMBOPolicy):
+    for policy in (policies.MOPOPolicy, policies.MOBILEPolicy, policies.COMBOPolicy):
         policy.rollout = in_chunks(policy.rollout)
     fit = EnsembleDynamics.train
-    EnsembleDynamics.train = lambda self, *rest, **kwargs: fit(self, *rest, max_epochs=args.max_epochs, **kwargs)
+    at_most = {} if args.max_epochs is None else {"max_epochs": args.max_epochs}  # its MOBILE has a bound of its own
+    EnsembleDynamics.train = lambda self, *rest, **kwargs: fit(self, *rest, **kwargs | at_most)
     # its rules of termination go by the task's name
     flags = ["--task", f"{args.task}-{data.name.split('/')[-1]}", "--seed", str(args.seed), "--device", "cpu"]
     flags += ["--epoch", str(args.num_updates // 1_000), *args.flags.split()]
