@@ -211,9 +211,11 @@ def make_run(cell: dict, named: list[str], folder: Path, on_ray: bool) -> Run:
         if not isinstance(value, str | int | float):
             raise InputError(f"{key} cannot be {value!r}: give a number, a text, true or false, or a list of those")
         flags += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
-    variant = ",".join(f"{key}={cell[key]}" for key in named)
-    name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
     settings = read_settings(module, [*flags, *("--device", "auto") * on_ray])
+    # as the script read it, so that 0, 0.0 and "0" are one method
+    values = [f"{settings[key.replace('-', '_')]}".removesuffix(".0") for key in named]
+    variant = ",".join(f"{key}={value}" for key, value in zip(named, values))
+    name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
     if on_ray and "device" in cell:  # the GPU is a node's, this machine needs none
         settings["device"] = cell["device"]
     return Run(script, variant, folder / name, flags, settings)

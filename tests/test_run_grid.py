@@ -78,6 +78,13 @@ def test_every_cell_is_one_run_with_a_name_of_its_own(home):
     assert runs[-1].settings["gamma"] == 0.9 and runs[-1].settings["num_updates"] == 60
 
 
+def test_however_a_number_is_written_it_is_the_same_method(home):
+    for text, name in (("0.0", "0"), ("5e-1", "0.5"), ("2", "2"), ('"2.0"', "2")):
+        args = run.Args(grid=write_grid(home, f"penalty-coef = [{text}]"))
+        [made] = run.make_runs(*run.read_grid(args), args)
+        assert made.variant == f"penalty-coef={name}" and f"__penalty-coef={name}__" in made.folder.name
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "grids").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_grid_here_can_be_read(home, file):
     args = run.Args(grid=str(file))
