@@ -6,10 +6,11 @@ values lie apart:
 
     U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_c Q'_c(s',a') ]        bellman_inconsistency()
 
-The critic's target is lower by beta U at simulated rows, with the U of the present target critics: it costs about ten
-times the rest of the update, and nothing is stored with the rollouts. beta = 0 is offline MBPO, but for [1].
-As in the authors' code, [1] the critic's target has no entropy, [2] on D4RL's sets it is never below 0, [3] the actor's
-learning rate falls along a cosine and alpha stays below 1, or is fixed.
+The critic's target is lower by beta U at simulated rows, with the U of the present target critics: it costs eight times
+the rest of the update, and nothing is stored with the rollouts. beta = 0 is offline MBPO, but for [1] and [2].
+As in the authors' code, [1] the critic's target has no entropy, [2] on the sets in TUNED it is never below 0, [3] the
+actor's learning rate falls along a cosine and alpha stays below 1, or is fixed, [4] B_i lacks the reward and gamma of a
+backup: what members think of the reward is left out, and beta takes the factor.
 Run: python algos/mobile.py
      python algos/mobile.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -98,12 +99,12 @@ class Args:
     alpha_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
     max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
     target_entropy: float | None = None  # by default -action_dim
-    fixed_alpha: float | None = None  # temperature that is not learned [3] [0.2 on two sets of hopper: TUNED]
+    fixed_alpha: float | None = None  # in place of a learned one, which the settings above are for [3] [TUNED]
     # --- The method ---
-    penalty_coef: float = 1.0  # beta [0.1 to 1.5, by dataset: TUNED]; 0 is offline MBPO
+    penalty_coef: float = 1.0  # beta [0.1 to 5, by dataset: TUNED]
     num_samples: int = 10  # K, successors of every elite at a row [MOBILE code]
     backup_entropy: bool = False  # in the critic's target [1]
-    clamp_target: bool = False  # the critic's target is at least 0 [2]: only where no return is below 0
+    clamp_target: bool = False  # a critic's target below 0 becomes 0 [2], even where returns are below 0 [TUNED]
 
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the authors' code
@@ -114,12 +115,15 @@ TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that na
 } | {
     dataset: dict(rollout_length=length, penalty_coef=coef, clamp_target=True, **rest)
     for name, (length, coef, rest) in {
+        "halfcheetah/random": (5, 0.5, {}),
         "halfcheetah/medium": (5, 0.5, {}),
         "halfcheetah/medium-replay": (5, 0.1, {}),
         "halfcheetah/medium-expert": (5, 1.0, {"real_ratio": 0.5}),
+        "hopper/random": (5, 5.0, {}),
         "hopper/medium": (5, 1.5, {"fixed_alpha": 0.2}),
         "hopper/medium-replay": (5, 0.1, {"fixed_alpha": 0.2}),
         "hopper/medium-expert": (5, 1.5, {}),
+        "walker2d/random": (5, 2.0, {}),
         "walker2d/medium": (5, 0.5, {"dynamics_max_epochs": 30}),
         "walker2d/medium-replay": (1, 0.5, {}),
         "walker2d/medium-expert": (1, 1.5, {}),
@@ -216,10 +220,10 @@ class Agent(nn.Module):
 
 
 # --- The method: Sec. 4 ---
-#     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K
+#     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K      [4]
 @torch.no_grad()
 def member_backups(dynamics, actor, target_critic, obs: Tensor, action: Tensor, noise: Tensor) -> Tensor:
-    """Of every elite i. noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim); (num_elites, rows)."""
+    """noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim). Returns B (num_elites, rows)."""
     model_noise, action_noise = noise.split([obs.shape[1] + 1, action.shape[1]], dim=-1)
     next_obs, _ = dynamics.sample_elites(obs, action, model_noise)  # (K, num_elites, rows, obs_dim)
     next_obs, action_noise = next_obs.flatten(0, 2), action_noise.flatten(0, 2)
@@ -235,10 +239,10 @@ def bellman_inconsistency(backups: Tensor) -> Tensor:
 
 # --- Losses: SAC ---
 #     y   = r - beta U(s,a) + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
-#           beta U = 0 at logged rows, alpha = 0 here [1], y >= 0 on request [2]
+#           without the U at logged rows, without alpha's term [1], and y at least 0 [2], as `update` and TUNED have it
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, actor, alpha, batch: list[Tensor], noise: Tensor, gamma, penalty: Tensor, clamp):
-    """penalty: beta U (batch,); clamp: whether y is at least 0."""
+def critic_loss(critic, target_critic, actor, alpha: Tensor, batch, noise, gamma: float, penalty: Tensor, clamp: bool):
+    """penalty: beta U, (batch,)."""
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
         next_action, next_log_prob = actor(next_obs, noise)
@@ -272,9 +276,10 @@ def update(agent: Agent, dynamics: Dynamics, rows: Tensor, noise: Tensor, model_
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     alpha = alpha if args.fixed_alpha is None else torch.full_like(alpha, args.fixed_alpha)
     # inconsistency, of simulated rows
-    num_real, nets = len(rows) - model_noise.shape[2], (agent.actor, agent.target_critic)
-    backups = member_backups(dynamics, *nets, obs[num_real:], action[num_real:], model_noise)
-    inconsistency = bellman_inconsistency(backups)
+    num_real = int(args.real_ratio * len(rows))
+    simulated = obs[num_real:], action[num_real:]
+    backups = member_backups(dynamics, agent.actor, agent.target_critic, *simulated, model_noise)
+    inconsistency = bellman_inconsistency(backups)  # (batch - num_real,)
     penalty = F.pad(args.penalty_coef * inconsistency, (num_real, 0))  # (batch,)
     # critic
     backup_alpha = alpha * args.backup_entropy
@@ -574,6 +579,9 @@ def compiled(function: Callable, args: Args, device: torch.device) -> Callable:
 
 
 def main(args: Args, notes: list[str]) -> None:
+    num_simulated = args.batch_size - int(args.real_ratio * args.batch_size)
+    if not num_simulated:
+        raise InputError(f"--real-ratio {args.real_ratio} leaves a batch without simulated rows, which pay the penalty")
     start = time.monotonic()
     sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
     run = make_run_folder(args)
@@ -590,13 +598,12 @@ def main(args: Args, notes: list[str]) -> None:
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     envs = make_envs(data, args.eval_episodes)
     terminal_fn = termination_fn(args.termination, data, args.seed)
-    num_simulated = args.batch_size - int(args.real_ratio * args.batch_size)
-    if not num_simulated or args.num_elites < 2:
-        raise InputError("elites are compared at simulated rows: give --real-ratio below 1 and --num-elites above 1")
     ensemble = {"num_members": args.num_members, "num_elites": args.num_elites, "max_epochs": args.dynamics_max_epochs}
     dynamics = load_or_fit(data, args.seed, **ensemble, path=args.dynamics, compile=lambda f: compiled(f, args, device))
 
-    noise_shape = args.num_samples, len(dynamics.elites)
+    if len(dynamics.elites) < 2:
+        raise InputError("MOBILE compares elites: give --num-elites above 1, or another file to --dynamics")
+    noise_shape = args.num_samples, len(dynamics.elites), num_simulated, obs_dim + 1 + action_dim
 
     # agent
     agent = Agent(obs_dim, action_dim, args).to(device)
@@ -629,7 +636,7 @@ def main(args: Args, notes: list[str]) -> None:
         if args.actor_lr_schedule == "cosine":  # [3]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
         noise = torch.randn(2, args.batch_size, action_dim, device=device)
-        model_noise = torch.randn(*noise_shape, num_simulated, obs_dim + 1 + action_dim, device=device)
+        model_noise = torch.randn(noise_shape, device=device)
         info = step(sample_batch(real_rows, buffer, args), noise, model_noise)
         bar.update()
         if i % args.eval_interval == 0 or i == args.num_updates:

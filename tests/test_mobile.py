@@ -11,7 +11,6 @@ from test_combo import (
     ACTION_DIM,
     BATCH,
     OBS_DIM,
-    TERMINAL,
     as_rows,
     changed,
     needs_compiler,
@@ -215,9 +214,11 @@ def update(settings: dict, seed_agent=None):
 
 @pytest.mark.parametrize("fixed_alpha", [None, 0.2])
 @pytest.mark.parametrize("backup_entropy", [False, True])
-def test_first_critic_step_is_on_the_targets_of_numpy(backup_entropy, fixed_alpha):
+@pytest.mark.parametrize("clamp_target", [False, True])
+def test_first_critic_step_is_on_the_targets_of_numpy(clamp_target, backup_entropy, fixed_alpha):
     """The loss that `update` reports, with all parts computed independently: simulated rows alone pay."""
     settings = {"penalty_coef": 0.7, "backup_entropy": backup_entropy, "fixed_alpha": fixed_alpha}
+    settings["clamp_target"] = clamp_target
     agent, dynamics, batch = random_agent(mobile, mobile.Args()), random_dynamics(), random_batch()
     obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
     u = numpy_inconsistency(agent, dynamics, obs[NUM_REAL:], action[NUM_REAL:], random_model_noise())
@@ -226,11 +227,30 @@ def test_first_critic_step_is_on_the_targets_of_numpy(backup_entropy, fixed_alph
     next_value -= backup_entropy * (fixed_alpha or 1.0) * next_log_prob  # log_alpha starts at 0
     y = reward + 0.99 * (1 - terminal) * next_value
     y[NUM_REAL:] -= 0.7 * u
+    assert (y < 0).any()
+    y = np.where(y < 0, 0.0, y) if clamp_target else y
     q = [numpy_q(agent.critic, j, obs, action) for j in (0, 1)]
     agent, info = update(settings, agent)
     assert info["critic_loss"].item() == pytest.approx(sum(((one - y) ** 2).mean() for one in q), rel=1e-6)
     assert info["inconsistency"].item() == pytest.approx(u.mean(), rel=1e-9)
     assert info["alpha"].item() == pytest.approx(fixed_alpha or 1.0)
+
+
+@pytest.mark.parametrize(
+    "settings, alpha", [({}, 1.0), ({"max_alpha": math.inf}, math.exp(0.7)), ({"fixed_alpha": 0.2}, 0.2)], ids=str
+)
+def test_actor_and_temperature_go_where_numpy_says(settings, alpha):
+    agent = random_agent(mobile, mobile.Args())
+    with torch.no_grad():
+        agent.log_alpha.fill_(0.7)
+    actor = copy.deepcopy(agent.actor)
+    agent, info = update(settings, agent)
+    obs = random_batch()[0].numpy()
+    action, log_prob = numpy_actor(actor, obs, random_noise()[0][1].numpy())
+    q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))  # of the critic after its step
+    assert info["actor_loss"].item() == pytest.approx(np.mean(alpha * log_prob - q), rel=1e-6)
+    low_entropy = log_prob.mean() > ACTION_DIM
+    assert (agent.log_alpha.item() > 0.7) == (low_entropy and "fixed_alpha" not in settings)
 
 
 def test_updates_without_a_penalty_and_with_entropy_are_those_of_mopo():
@@ -270,21 +290,33 @@ def test_compiled_and_eager_updates_agree(capsys):
 
 
 # --- Rollouts, settings ---
-def test_rollout_rows_are_what_the_model_said_without_a_penalty():
-    torch.manual_seed(0)
-    dynamics, args = random_dynamics(torch.float32), mobile.Args(rollout_length=1, penalty_coef=100.0)
-    rows = mobile.rollout(dynamics, mobile.Actor(OBS_DIM, ACTION_DIM), never, torch.zeros(4_000, OBS_DIM), args)
-    assert rows.shape == (4_000, TERMINAL + 1)
-    obs, action, reward = rows[:, :OBS_DIM], rows[:, OBS_DIM : OBS_DIM + ACTION_DIM], rows[:, OBS_DIM + ACTION_DIM]
-    _, mean, std = dynamics.predict(obs, action)  # (num_members, rows) each
-    mean, std = mean[dynamics.elites], std[dynamics.elites][..., -1]
-    assert reward.mean().item() == pytest.approx(mean.mean().item(), abs=5 * std.mean().item() / math.sqrt(4_000))
+def test_rollout_rows_are_what_the_elites_said_step_after_step():
+    dynamics, actor = random_dynamics(torch.float32), mobile.Actor(OBS_DIM, ACTION_DIM)
+    torch.manual_seed(7)
+    rows = mobile.rollout(dynamics, actor, never, torch.ones(50, OBS_DIM), mobile.Args(rollout_length=2))
+    torch.manual_seed(7)
+    obs, expected = torch.ones(50, OBS_DIM), []
+    with torch.no_grad():
+        for _ in range(2):
+            action, _ = actor(obs, torch.randn(50, ACTION_DIM))
+            next_obs, reward = dynamics.step(obs, action, torch.randperm(50), torch.randn(50, OBS_DIM + 1))
+            expected += zip(obs, action, reward, next_obs)
+            obs = next_obs
+    assert torch.equal(rows, torch.stack([torch.cat([o, a, r[None], s, torch.zeros(1)]) for o, a, r, s in expected]))
 
 
-@pytest.mark.parametrize("settings", [{"real_ratio": 1.0}, {"num_elites": 1}], ids=str)
-def test_a_batch_without_simulated_rows_and_a_lone_elite_are_refused(settings):
-    with pytest.raises(InputError, match="--real-ratio below 1 and --num-elites above 1"):
-        mobile.main(mobile.Args(**settings), [])
+def test_a_batch_without_simulated_rows_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(InputError, match="--real-ratio 1.0 leaves"):
+        mobile.main(mobile.Args(real_ratio=1.0, run_dir=str(tmp_path / "runs")), [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_ensemble_with_a_lone_elite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(mobile, "load_or_fit", lambda *_, **__: Dynamics(3, 1, num_elites=1))
+    monkeypatch.setattr(mobile, "keep_freed_memory", lambda: None)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(InputError, match="--num-elites above 1"):
+        mobile.main(mobile.Args(run_dir=str(tmp_path / "runs"), num_threads=1), [])
 
 
 def test_tuned_settings_are_those_of_the_authors_code_under_both_names():
@@ -293,4 +325,5 @@ def test_tuned_settings_are_those_of_the_authors_code_under_both_names():
     assert mobile.TUNED["d4rl/hopper-medium-expert-v2"] == hopper
     assert mobile.TUNED["halfcheetah/medium-expert-v0"]["real_ratio"] == 0.5
     assert mobile.TUNED["d4rl/walker2d-medium-v2"]["dynamics_max_epochs"] == 30
-    assert len(mobile.TUNED) == 19
+    assert mobile.TUNED["d4rl/hopper-random-v2"]["penalty_coef"] == 5.0
+    assert len(mobile.TUNED) == 25
