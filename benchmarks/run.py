@@ -212,12 +212,13 @@ def make_run(cell: dict, named: list[str], folder: Path, on_ray: bool) -> Run:
             raise InputError(f"{key} cannot be {value!r}: give a number, a text, true or false, or a list of those")
         flags += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
     settings = read_settings(module, [*flags, *("--device", "auto") * on_ray])
-    # as the script read it, so that 0, 0.0 and "0" are one method
-    values = [f"{settings[key.replace('-', '_')]}".removesuffix(".0") for key in named]
-    variant = ",".join(f"{key}={value}" for key, value in zip(named, values))
-    name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
     if on_ray and "device" in cell:  # the GPU is a node's, this machine needs none
         settings["device"] = cell["device"]
+    # numbers as the script read them, so that 0, 0.0 and "0" are one method
+    values = [settings.get(key.replace("-", "_"), cell[key]) for key in named]
+    values = [str(value).removesuffix(".0") if isinstance(value, float) else value for value in values]
+    variant = ",".join(f"{key}={value}" for key, value in zip(named, values))
+    name = "__".join(safe(str(part)) for part in (cell["dataset"], script, variant, cell["seed"]) if part != "")
     return Run(script, variant, folder / name, flags, settings)
 
 

@@ -1,14 +1,15 @@
 """Does an ensemble know where it is wrong? What penalties are made of, against the true errors of simulated steps.
 
-The policy of a finished run is rolled out in the run's own ensemble, as in its training. Each simulated step is then
-made again by the simulator, put into the simulated state: how far off was the successor, and how far off the value?
+The policy of a finished run is rolled out in the run's ensemble, as in its training. Each simulated step is then made again
+by the simulator, put into the simulated state: how far off are the elites' successors, how far off their values?
 
-    state error = || s^' - s' ||_2
-    value error = | r^ + gamma (1 - d^) V(s^') - r - gamma (1 - d) V(s') |,   V(s) = min_j Q'_j(s, pi(s)) of the run
+    state error = mean_i || mu_i(s,a) - s' ||_2
+    value error = mean_i | E_{s^,r^,d^ ~ T_i} [ r^ + gamma (1 - d^) V(s^) ] - r - gamma (1 - d) V(s') |
 
-Against both, by rank (Spearman): MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency,
-and, needing no ensemble, the distance to the nearest logged (s,a) in standard deviations.
-Run: python benchmarks/uncertainty.py runs/my-mopo-run        prints the table
+with V(s) = min_j Q'_j(s, pi(s)) of the run. By rank (Spearman, within each step of the rollouts, then the mean of steps)
+against both: MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency, and, needing no
+ensemble, the distance to the nearest logged (s,a) in standard deviations.
+Run: python benchmarks/uncertainty.py runs/my-mopo-run        prints the tables
      python benchmarks/uncertainty.py runs/mopo-penalty --out benchmarks/results/uncertainty.md
 """
 
@@ -17,7 +18,8 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -36,10 +38,13 @@ from common.dynamics import Dynamics, load_or_fit  # noqa: E402
 from common.terminations import termination_fn  # noqa: E402
 
 SCRIPTS = ("mopo", "mobile", "combo")  # whose critics and rollouts are alike
-MEASURES = ("MOPO deviation", "MOPO disagreement", "MOReL", "MOBILE", "distance")
 NOTE = """\
-Written by `python benchmarks/uncertainty.py`. Simulated steps of finished runs, made again by the simulator from the
-same simulated states: Spearman's rank correlation of what a penalty is made of with the true error of that step.
+Written by `python benchmarks/uncertainty.py`, whose head defines the errors. Simulated steps of finished runs are made again
+by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a penalty is made of
+with the true error of that step, the mean over the steps of the rollouts. **kept**: share of simulated states that can be
+put into the simulator; Hopper and Walker2d cut the observed velocities off at 10, and the states left out are those where
+the ensemble is least sure. An end of the episode that the model foresees wrongly is an error of the value. Values are those
+of each run's own critic: MOBILE's U is made of that critic as well, and values of different runs cannot be compared.
 """
 
 
@@ -47,24 +52,35 @@ same simulated states: Spearman's rank correlation of what a penalty is made of 
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs, or folders of them
     num_starts: int = 1_000  # logged states that rollouts start from
-    num_samples: int = 10  # K of MOBILE's inconsistency
+    num_samples: int = (
+        10  # of every elite, for MOBILE's inconsistency and, others, for the value that the model expects
+    )
     seed: int = 0  # of starts, rollouts and samples
-    out: Path | None = None  # file for the table
+    out: Path | None = None  # file for the tables
 
 
 # --- The simulator ---
 def put_into(env: gym.Env, obs: np.ndarray) -> None:
     """Sets the state that has the observation (obs_dim,); where it starts along x is of no consequence."""
     simulator = env.unwrapped
-    if env.spec.id.startswith("Pendulum"):
+    if env.spec.id.startswith("Pendulum"):  # a simulated (cos, sin) is a little off the circle: the nearest on it
         simulator.state = np.array([math.atan2(obs[1], obs[0]), obs[2]])
     else:  # Gymnasium's runners: all positions but x, then all velocities
         num = simulator.model.nq - 1
         simulator.set_state(np.concatenate([[0.0], obs[:num]]), obs[num:])
 
 
+def is_state(env: gym.Env, obs: np.ndarray) -> np.ndarray:
+    """Of observations (rows, obs_dim), those that tell the state: Hopper and Walker2d cut velocities off at 10."""
+    if not env.spec.id.startswith(("Hopper", "Walker2d")):
+        return np.ones(len(obs), dtype=bool)
+    return (np.abs(obs[:, env.unwrapped.model.nq - 1 :]) < 10).all(axis=1)
+
+
 def make_simulator(data: OfflineDataset) -> gym.Env:
     """Raises InputError for an environment that `put_into` does not know."""
+    if data.env_spec is None:
+        raise InputError("the data name no environment, so that there is no simulator to ask")
     env = gym.make(data.env_spec)
     obs, _ = env.reset(seed=0)
     try:
@@ -77,13 +93,6 @@ def make_simulator(data: OfflineDataset) -> gym.Env:
     return env
 
 
-def is_state(env: gym.Env, obs: np.ndarray) -> np.ndarray:
-    """Of observations (rows, obs_dim), those that tell the state: Hopper and Walker2d cut velocities off at 10."""
-    if not env.spec.id.startswith(("Hopper", "Walker2d")):
-        return np.ones(len(obs), dtype=bool)
-    return (np.abs(obs[:, env.unwrapped.model.nq - 1 :]) < 10).all(axis=1)
-
-
 def true_steps(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """obs (rows, obs_dim), action (rows, action_dim) in the environment's box -> next_obs, reward, terminal."""
     steps = []
@@ -94,6 +103,18 @@ def true_steps(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.nd
     return np.array(next_obs, dtype=np.float32), np.array(reward, dtype=np.float32), np.array(terminal)
 
 
+def check_simulator(env: gym.Env, data: OfflineDataset) -> None:
+    """Raises InputError where it does not make logged steps again: another version's data."""
+    obs, known = data.obs.numpy(), data.successor_known.numpy()
+    rows = np.flatnonzero(known & is_state(env, obs))[:200]
+    next_obs, _, _ = true_steps(env, obs[rows], data.to_env_action(data.action.numpy()[rows]))
+    error = np.median(np.abs(next_obs - data.next_obs.numpy()[rows]))
+    if not error < 1e-3:
+        raise InputError(
+            f"{env.spec.id} is not what {data.name} was recorded in: logged steps come out {error:.3g} off"
+        )
+
+
 # --- Measures and errors ---
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Correlation of ranks; x, y: (rows,), of continuous values."""
@@ -101,87 +122,97 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, action: Tensor, num_samples: int):
-    """One (rows,) for each of MEASURES."""
+    """What penalties are made of, (rows,) each, by name."""
     next_mean, _, std = dynamics.predict(obs, action)
     noise = torch.randn(num_samples, len(dynamics.elites), len(obs), obs.shape[1] + 1 + action.shape[1])
     backups = mobile.member_backups(dynamics, agent.actor, agent.target_critic, obs, action, noise)
     logged, here = torch.cat([data.obs, data.action], dim=1), torch.cat([obs, action], dim=1)
-    unit = logged.std(dim=0).clamp(min=1e-6)
-    nearest = [torch.cdist(rows / unit, logged / unit).amin(dim=1) for rows in here.split(100)]
-    return dict(
-        zip(
-            MEASURES,
-            (
-                mopo.aleatoric_uncertainty(std),
-                mopo.disagreement(next_mean),
-                morel.discrepancy(next_mean[dynamics.elites]),
-                mobile.bellman_inconsistency(backups),
-                torch.cat(nearest),
-            ),
-            strict=True,
-        )
-    )
+    unit, exact = logged.std(dim=0).clamp(min=1e-6), "donot_use_mm_for_euclid_dist"
+    nearest = [torch.cdist(rows / unit, logged / unit, compute_mode=exact).amin(dim=1) for rows in here.split(100)]
+    return {
+        "MOPO deviation": mopo.aleatoric_uncertainty(std),
+        "MOPO disagreement": mopo.disagreement(next_mean),
+        "MOReL": morel.discrepancy(next_mean[dynamics.elites]),
+        "MOBILE": mobile.bellman_inconsistency(backups),
+        "distance": torch.cat(nearest),
+    }
 
 
-def errors(agent, simulated: list[Tensor], true: list[Tensor], gamma: float) -> tuple[Tensor, Tensor]:
-    """Of the state and of the value, (rows,) each. simulated, true: next_obs (rows, obs_dim), reward, terminal."""
+def errors(
+    dynamics: Dynamics,
+    agent,
+    terminal_fn: Callable,
+    obs: Tensor,
+    action: Tensor,
+    true: list[Tensor],
+    gamma,
+    num_samples,
+) -> dict[str, Tensor]:
+    """Of the state and of the value, (rows,) each. true: next_obs (rows, obs_dim), reward, terminal."""
 
     def backup(next_obs, reward, terminal):
         value = agent.target_critic(next_obs, agent.actor.act(next_obs)).amin(dim=0)
         return reward + gamma * (1 - terminal) * value
 
-    return (simulated[0] - true[0]).norm(dim=1), (backup(*simulated) - backup(*true)).abs()
+    next_mean, _, _ = dynamics.predict(obs, action)
+    state = (next_mean[dynamics.elites] - true[0]).norm(dim=-1).mean(dim=0)
+    shape = num_samples, len(dynamics.elites), len(obs)
+    next_obs, reward = dynamics.sample_elites(obs, action, torch.randn(*shape, obs.shape[1] + 1))
+    flat = [x.expand(*shape, -1).flatten(0, 2) for x in (obs, action, next_obs)]
+    simulated = backup(flat[2], reward.flatten(), terminal_fn(*flat).float()).view(shape).mean(dim=0)
+    return {"state": state, "value": (simulated - backup(*true)).abs().mean(dim=0)}
 
 
 # --- A run ---
 @torch.no_grad()
 def examine(folder: Path, args: Args) -> dict:
-    """A row of the table."""
+    """A row of both tables."""
     config = json.loads((folder / "config.json").read_text())
-    if config["algo"] not in SCRIPTS or not (folder / "checkpoint.pt").is_file():
-        raise InputError(f"{folder} is no run of {', '.join(SCRIPTS)} with a checkpoint: name one that is")
+    if config["algo"] not in SCRIPTS or not (folder / "policy.pt").is_file():
+        raise InputError(f"{folder} is no finished run of {', '.join(SCRIPTS)}: name one that is")
     script = importlib.import_module(f"algos.{config['algo']}")
     settings = script.Args(**config["args"])
     data = load_dataset(settings.dataset, "cpu", settings.env_id or None, settings.successors == "classic")
     env = make_simulator(data)
+    check_simulator(env, data)
     agent = script.Agent(data.obs.shape[1], data.action.shape[1], settings)
     script.load_checkpoint(folder, agent, data)
     torch.manual_seed(args.seed)
     ensemble = {"num_members": settings.num_members, "num_elites": settings.num_elites}
     ensemble |= {"max_epochs": settings.dynamics_max_epochs, "path": settings.dynamics}
     dynamics = load_or_fit(data, settings.seed, **ensemble)
-    starts = data.obs[torch.randint(len(data.obs), (args.num_starts,))]
     terminal_fn = termination_fn(settings.termination, data, settings.seed)
-    rows = mobile.rollout(dynamics, agent.actor, terminal_fn, starts, settings)
-    obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
-    rows = rows[torch.as_tensor(is_state(env, rows[:, :obs_dim].numpy()))]
-    obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=1)
-    found = true_steps(env, obs.numpy(), data.to_env_action(action.numpy()))
-    true = [torch.as_tensor(column, dtype=torch.float32) for column in found]
-    simulated = [next_obs, reward.squeeze(1), terminal.squeeze(1)]
-    error = dict(zip(("state", "value"), errors(agent, simulated, true, settings.gamma)))
-    found = measures(dynamics, agent, data, obs, action, args.num_samples)
+    one_step, obs_dim, action_dim = replace(settings, rollout_length=1), data.obs.shape[1], data.action.shape[1]
+    obs, num_simulated, steps = data.obs[torch.randint(len(data.obs), (args.num_starts,))], 0, []
+    for _ in range(settings.rollout_length):
+        rows = script.rollout(dynamics, agent.actor, terminal_fn, obs, one_step)
+        rows = rows if torch.is_tensor(rows) else rows[0]
+        num_simulated += len(rows)
+        obs, action, _, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=1)
+        kept = torch.as_tensor(is_state(env, obs.numpy()))
+        obs, action = obs[kept], action[kept]
+        found = true_steps(env, obs.numpy(), data.to_env_action(action.numpy()))
+        true = [torch.as_tensor(column, dtype=torch.float32) for column in found]
+        error = errors(dynamics, agent, terminal_fn, obs, action, true, settings.gamma, args.num_samples)
+        steps.append((error, measures(dynamics, agent, data, obs, action, args.num_samples)))
+        obs = next_obs[terminal.squeeze(1) == 0]
     variant = re.search(rf"__{config['algo']}__(?:(.*)__)?{settings.seed}$", folder.resolve().name)  # as grids have it
+    num_kept = sum(len(error["state"]) for error, _ in steps)
     row = {"dataset": settings.dataset, "method": f"{config['algo']} {(variant and variant[1]) or ''}".strip()}
-    row |= {"seed": settings.seed, "steps": f"{len(rows):,}"}
-    row |= {f"{kind} error": value.median().item() for kind, value in error.items()}
-    row |= {
-        (kind, name): spearman(measure.numpy(), value.numpy())
-        for kind, value in error.items()
-        for name, measure in found.items()
-    }
-    return row
+    row |= {"seed": settings.seed, "steps": f"{num_kept:,}", "kept": f"{num_kept / num_simulated:.0%}"}
+    for kind in ("state", "value"):
+        median = torch.cat([error[kind] for error, _ in steps]).median().item()
+        by_step = [[spearman(m.numpy(), error[kind].numpy()) for m in measure.values()] for error, measure in steps]
+        row[kind] = [number(median, 3), *(number(mean, 2) for mean in np.mean(by_step, axis=0))]
+    return row | {"measures": list(steps[0][1])}
 
 
 def text(rows: list[dict]) -> str:
     parts = []
     for kind in ("state", "value"):
-        lines = [
-            [*(row[name] for name in ("dataset", "method", "seed", "steps")), number(row[f"{kind} error"], 3)]
-            + [number(row[kind, name], 2) for name in MEASURES]
-            for row in rows
-        ]
-        header = f"dataset, method, seed, steps, median error, {', '.join(MEASURES)}"
+        names = ["dataset", "method", "seed", "steps", "kept"]
+        lines = [[*(row[name] for name in names), *row[kind]] for row in rows]
+        header = ", ".join([*names, "median error", *rows[0]["measures"]])
         parts.append(f"Error of the {kind}:\n\n{table(header, lines)}")
     return "\n\n".join(parts)
 

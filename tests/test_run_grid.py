@@ -83,6 +83,11 @@ def test_however_a_number_is_written_it_is_the_same_method(home):
         args = run.Args(grid=write_grid(home, f"penalty-coef = [{text}]"))
         [made] = run.make_runs(*run.read_grid(args), args)
         assert made.variant == f"penalty-coef={name}" and f"__penalty-coef={name}__" in made.folder.name
+    args = run.Args(grid=write_grid(home, 'dynamics = ["ens-1.0", "ens-1"]'))
+    assert [made.variant for made in run.make_runs(*run.read_grid(args), args)] == [
+        "dynamics=ens-1.0",
+        "dynamics=ens-1",
+    ]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "grids").glob("*.toml")), ids=lambda file: file.stem)
@@ -150,6 +155,8 @@ def test_a_grid_for_gpus_needs_one_here_only_where_it_runs_here(home, monkeypatc
         run.make_runs(name, blocks, run.Args())
     (one,) = run.make_runs(name, blocks, run.Args(ray="auto"))
     assert one.settings["device"] == "cuda" and one.command(1)[2:][one.flags.index("--device") :][1] == "cuda"
+    blocks = run.read_grid(run.Args(grid=write_grid(home, 'device = ["cpu", "cuda"]')))[1]
+    assert [made.variant for made in run.make_runs(name, blocks, run.Args(ray="auto"))] == ["device=cpu", "device=cuda"]
     assert not torch.cuda.is_available()
 
 
