@@ -1,14 +1,15 @@
 """Does an ensemble know where it is wrong? What penalties are made of, against the true errors of simulated steps.
 
-The policy of a finished run is rolled out in the run's ensemble, as in its training. Each simulated step is then made again
-by the simulator, put into the simulated state: how far off are the elites' successors, how far off their values?
+The policy of a finished run is rolled out in the run's ensemble, as in its training. Each simulated step is then made
+again by the simulator, put into the simulated state: how far off are the elites' successors, how far off their
+values?
 
     state error = mean_i || mu_i(s,a) - s' ||_2
     value error = mean_i | E_{s^,r^,d^ ~ T_i} [ r^ + gamma (1 - d^) V(s^) ] - r - gamma (1 - d) V(s') |
 
-with V(s) = min_j Q'_j(s, pi(s)) of the run. By rank (Spearman, within each step of the rollouts, then the mean of steps)
-against both: MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency, and, needing no
-ensemble, the distance to the nearest logged (s,a) in standard deviations.
+with V(s) = min_j Q'_j(s, pi(s)) of the run. By rank (Spearman, within each step of the rollouts, then the mean of
+steps) against both: MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency, and, needing
+no ensemble, the distance to the nearest logged (s,a) in standard deviations.
 Run: python benchmarks/uncertainty.py runs/my-mopo-run        prints the tables
      python benchmarks/uncertainty.py runs/mopo-penalty --out benchmarks/results/uncertainty.md
 """
@@ -39,12 +40,13 @@ from common.terminations import termination_fn  # noqa: E402
 
 SCRIPTS = ("mopo", "mobile", "combo")  # whose critics and rollouts are alike
 NOTE = """\
-Written by `python benchmarks/uncertainty.py`, whose head defines the errors. Simulated steps of finished runs are made again
-by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a penalty is made of
-with the true error of that step, the mean over the steps of the rollouts. **kept**: share of simulated states that can be
-put into the simulator; Hopper and Walker2d cut the observed velocities off at 10, and the states left out are those where
-the ensemble is least sure. An end of the episode that the model foresees wrongly is an error of the value. Values are those
-of each run's own critic: MOBILE's U is made of that critic as well, and values of different runs cannot be compared.
+Written by `python benchmarks/uncertainty.py`, whose head defines the errors. Simulated steps of finished runs are
+made again by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a
+penalty is made of with the true error of that step, the mean over the steps of the rollouts. **kept**: share of
+simulated states that can be put into the simulator; Hopper and Walker2d cut the observed velocities off at 10, and
+the states left out are those where the ensemble is least sure. An end of the episode that the model foresees wrongly
+is an error of the value. Values are those of each run's own critic: MOBILE's U is made of that critic as well, and
+values of different runs cannot be compared.
 """
 
 
@@ -52,9 +54,7 @@ of each run's own critic: MOBILE's U is made of that critic as well, and values 
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs, or folders of them
     num_starts: int = 1_000  # logged states that rollouts start from
-    num_samples: int = (
-        10  # of every elite, for MOBILE's inconsistency and, others, for the value that the model expects
-    )
+    num_samples: int = 10  # of every elite: for MOBILE's inconsistency, and others for the value expected
     seed: int = 0  # of starts, rollouts and samples
     out: Path | None = None  # file for the tables
 
@@ -110,9 +110,8 @@ def check_simulator(env: gym.Env, data: OfflineDataset) -> None:
     next_obs, _, _ = true_steps(env, obs[rows], data.to_env_action(data.action.numpy()[rows]))
     error = np.median(np.abs(next_obs - data.next_obs.numpy()[rows]))
     if not error < 1e-3:
-        raise InputError(
-            f"{env.spec.id} is not what {data.name} was recorded in: logged steps come out {error:.3g} off"
-        )
+        off = f"its steps come out {error:.3g} off"
+        raise InputError(f"{env.spec.id} is not what {data.name} was recorded in, {off}: name the version that it was")
 
 
 # --- Measures and errors ---
@@ -138,16 +137,7 @@ def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, actio
     }
 
 
-def errors(
-    dynamics: Dynamics,
-    agent,
-    terminal_fn: Callable,
-    obs: Tensor,
-    action: Tensor,
-    true: list[Tensor],
-    gamma,
-    num_samples,
-) -> dict[str, Tensor]:
+def errors(dynamics, agent, terminal_fn: Callable, obs: Tensor, action: Tensor, true: list[Tensor], gamma, num_samples):
     """Of the state and of the value, (rows,) each. true: next_obs (rows, obs_dim), reward, terminal."""
 
     def backup(next_obs, reward, terminal):

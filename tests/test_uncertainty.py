@@ -64,7 +64,7 @@ def test_data_of_no_environment_or_of_another_version_are_refused():
     data.next_obs = torch.as_tensor(uncertainty.true_steps(env, data.obs.numpy(), data.action.numpy())[0])
     uncertainty.check_simulator(env, data)
     data.next_obs = data.next_obs + 0.1
-    with pytest.raises(InputError, match="logged steps come out 0.1 off"):
+    with pytest.raises(InputError, match="its steps come out 0.1 off"):
         uncertainty.check_simulator(env, data)
 
 
@@ -79,7 +79,7 @@ def test_spearman_is_that_of_its_textbook_formula_and_blind_to_scale():
 
 
 class Members:
-    """Three members, of which the first and the last are elites, that move states by their own amount, without noise."""
+    """Three members, the first and the last of them elites, that move states by their own amount, without noise."""
 
     elites, moves, deviations = torch.tensor([0, 2]), torch.tensor([0.0, 5.0, 2.0]), torch.tensor([1.0, 3.0, 2.0])
 
