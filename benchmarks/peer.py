@@ -4,8 +4,8 @@ The scripts import gym and d4rl of 2022, which do not install beside a present t
 which make the dataset's environment and hand over its rows with D4RL's keys. Four things differ from calling
 a script by hand, none in what is learnt: there are evaluations every --eval-interval updates only; the ensemble's fit
 ends after --max-epochs at the latest, as ours does (its MOBILE without the flag after 30); simulated states go through
-the model a thousand at a time; and float32 products through oneDNN, where it is exact. The last two are faster on a CPU:
-this measures scores, not speed. Its MOBILE cannot fix alpha: give ours --fixed-alpha None beside it.
+the model a thousand at a time; and float32 products through oneDNN, where it is exact. The last two are faster on a
+CPU: this measures scores, not speed. Its MOBILE cannot fix alpha: give ours --fixed-alpha None beside it.
 Run: python benchmarks/peer.py --peer OfflineRL-Kit --script mopo --dataset hopper/medium-replay-v0 --task hopper
          --flags="--penalty-coef 2.5 --rollout-length 5"
 """

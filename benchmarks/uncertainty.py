@@ -1,11 +1,11 @@
 """Does an ensemble know where it is wrong? What penalties are made of, against the true errors of simulated steps.
 
 The policy of a finished run is rolled out in the run's ensemble, as in its training. Each simulated step is then made
-again by the simulator, put into the simulated state: how far off are the elites' successors, how far off their
-values?
+again by the simulator, put into the simulated state: how far off is the elites' mean successor, and how far off the
+value that they expect? (Not the mean of their errors: that grows with their spread, whether they are right or not.)
 
-    state error = mean_i || mu_i(s,a) - s' ||_2
-    value error = mean_i | E_{s^,r^,d^ ~ T_i} [ r^ + gamma (1 - d^) V(s^) ] - r - gamma (1 - d) V(s') |
+    state error = || mean_i mu_i(s,a) - s' ||_2
+    value error = | mean_i E_{s^,r^,d^ ~ T_i} [ r^ + gamma (1 - d^) V(s^) ] - r - gamma (1 - d) V(s') |
 
 with V(s) = min_j Q'_j(s, pi(s)) of the run. By rank (Spearman, within each step of the rollouts, then the mean of
 steps) against both: MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency, and, needing
@@ -145,12 +145,12 @@ def errors(dynamics, agent, terminal_fn: Callable, obs: Tensor, action: Tensor, 
         return reward + gamma * (1 - terminal) * value
 
     next_mean, _, _ = dynamics.predict(obs, action)
-    state = (next_mean[dynamics.elites] - true[0]).norm(dim=-1).mean(dim=0)
+    state = (next_mean[dynamics.elites].mean(dim=0) - true[0]).norm(dim=-1)
     shape = num_samples, len(dynamics.elites), len(obs)
     next_obs, reward = dynamics.sample_elites(obs, action, torch.randn(*shape, obs.shape[1] + 1))
     flat = [x.expand(*shape, -1).flatten(0, 2) for x in (obs, action, next_obs)]
-    simulated = backup(flat[2], reward.flatten(), terminal_fn(*flat).float()).view(shape).mean(dim=0)
-    return {"state": state, "value": (simulated - backup(*true)).abs().mean(dim=0)}
+    simulated = backup(flat[2], reward.flatten(), terminal_fn(*flat).float()).view(shape).mean(dim=(0, 1))
+    return {"state": state, "value": (simulated - backup(*true)).abs()}
 
 
 # --- A run ---
