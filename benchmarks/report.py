@@ -107,17 +107,22 @@ def read_rows(lines: Iterable[str]) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
 
 
+def variant_of(folder: Path, algo: str, seed: int) -> str:
+    """Of <dataset>__<algo>__<variant>__<seed>, as a grid names its runs; other names tell no variant."""
+    name = re.search(rf"__{algo}__(?:(.*)__)?{seed}$", folder.resolve().name)
+    return (name and name[1]) or ""
+
+
 def read_folder(folder: Path) -> Run:
     """A run as it left its folder; one that was stopped before its first evaluation has no columns."""
     try:
         config = json.loads((folder / "config.json").read_text())
         progress, resources, args = folder / "progress.csv", folder / "resources.json", config["args"]
         columns = read_rows(progress.read_text().splitlines()) if progress.exists() else {}
-        # <dataset>__<algo>__<variant>__<seed>, as a grid names its runs; other names tell no variant
-        name = re.search(rf"__{config['algo']}__(?:(.*)__)?{args['seed']}$", folder.resolve().name)
         about = {"command": public_command(config), "hardware": config.get("hardware", "unknown")}
         about |= {what: config[what] for what in ("commit", "versions", "python", "algo", "data_hash")}
-        about |= {"dataset": without_folder(args["dataset"]), "variant": (name and name[1]) or ""}
+        about |= {"dataset": without_folder(args["dataset"])}
+        about |= {"variant": variant_of(folder, config["algo"], args["seed"])}
         about |= {what: args[what] for what in ("seed", "num_updates", "score_evals")}
         about["settings"] = {name: value for name, value in args.items() if name not in NO_SETTINGS}
         memory = json.loads(resources.read_text())["peak_memory_gb"] if resources.exists() else None

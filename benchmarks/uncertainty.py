@@ -17,7 +17,6 @@ Run: python benchmarks/uncertainty.py runs/my-mopo-run        prints the tables
 import importlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from algos import mobile, mopo, morel  # noqa: E402
-from benchmarks.report import number, table  # noqa: E402
+from benchmarks.report import number, table, variant_of  # noqa: E402
 from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
 from common.dynamics import Dynamics, load_or_fit  # noqa: E402
 from common.terminations import termination_fn  # noqa: E402
@@ -125,9 +124,10 @@ def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, actio
     next_mean, _, std = dynamics.predict(obs, action)
     noise = torch.randn(num_samples, len(dynamics.elites), len(obs), obs.shape[1] + 1 + action.shape[1])
     backups = mobile.member_backups(dynamics, agent.actor, agent.target_critic, obs, action, noise)
-    logged, here = torch.cat([data.obs, data.action], dim=1), torch.cat([obs, action], dim=1)
+    logged = torch.cat([data.obs, data.action], dim=1)
     unit, exact = logged.std(dim=0).clamp(min=1e-6), "donot_use_mm_for_euclid_dist"
-    nearest = [torch.cdist(rows / unit, logged / unit, compute_mode=exact).amin(dim=1) for rows in here.split(100)]
+    logged, here = logged / unit, torch.cat([obs, action], dim=1) / unit
+    nearest = [torch.cdist(rows, logged, compute_mode=exact).amin(dim=1) for rows in here.split(100)]
     return {
         "MOPO deviation": mopo.aleatoric_uncertainty(std),
         "MOPO disagreement": mopo.disagreement(next_mean),
@@ -186,10 +186,10 @@ def examine(folder: Path, args: Args) -> dict:
         error = errors(dynamics, agent, terminal_fn, obs, action, true, settings.gamma, args.num_samples)
         steps.append((error, measures(dynamics, agent, data, obs, action, args.num_samples)))
         obs = next_obs[terminal.squeeze(1) == 0]
-    variant = re.search(rf"__{config['algo']}__(?:(.*)__)?{settings.seed}$", folder.resolve().name)  # as grids have it
+    method = f"{config['algo']} {variant_of(folder, config['algo'], settings.seed)}".strip()
     num_kept = sum(len(error["state"]) for error, _ in steps)
-    row = {"dataset": settings.dataset, "method": f"{config['algo']} {(variant and variant[1]) or ''}".strip()}
-    row |= {"seed": settings.seed, "steps": f"{num_kept:,}", "kept": f"{num_kept / num_simulated:.0%}"}
+    row = {"dataset": settings.dataset, "method": method, "seed": settings.seed}
+    row |= {"steps": f"{num_kept:,}", "kept": f"{num_kept / num_simulated:.0%}"}
     for kind in ("state", "value"):
         median = torch.cat([error[kind] for error, _ in steps]).median().item()
         by_step = [[spearman(m.numpy(), error[kind].numpy()) for m in measure.values()] for error, measure in steps]

@@ -82,6 +82,14 @@ def numpy_inconsistency(agent, dynamics, obs, action, noise) -> np.ndarray:
     return np.sqrt(((values - values.mean(0)) ** 2).sum(0) / (NUM_ELITES - 1))
 
 
+def numpy_target(agent, batch, noise, alpha: float, gamma: float) -> np.ndarray:
+    """y without penalty and clamp, (batch,)."""
+    reward, next_obs, terminal = (x.numpy() for x in batch[2:])
+    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, noise.numpy())
+    next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
+    return reward + np.where(terminal == 1, 0.0, gamma * (next_value - alpha * next_log_prob))
+
+
 class Members:
     """Elite i moves every state to c_i v, without noise."""
 
@@ -107,7 +115,6 @@ class LinearCritic(nn.Module):
 
 def target(agent, batch, noise, penalty, alpha=0.0, clamp=False, gamma=0.9) -> torch.Tensor:
     """y (batch,), read off the gradient of the loss where Q(s,a) = 0."""
-    agent = copy.copy(agent)
     q = torch.zeros(2, BATCH, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor(alpha, dtype=torch.float64)
     nets = (lambda obs, action: q), agent.target_critic, agent.actor
@@ -164,14 +171,10 @@ def test_critic_loss_matches_numpy(alpha, clamp):
     penalty = torch.rand(BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 3
     nets = agent.critic, agent.target_critic, agent.actor
     loss, info = mobile.critic_loss(*nets, torch.tensor(alpha).double(), batch, noise, 0.9, penalty, clamp)
-    obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
-    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, noise.numpy())
-    next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
-    next_value = next_value - float(np.float32(alpha)) * next_log_prob
-    y = reward - penalty.numpy() + np.where(terminal == 1, 0.0, 0.9 * next_value)
+    y = numpy_target(agent, batch, noise, float(np.float32(alpha)), 0.9) - penalty.numpy()
     assert (y < 0).any() and (y > 0).any()
     y = np.where(y < 0, 0.0, y) if clamp else y
-    q = [numpy_q(agent.critic, j, obs, action) for j in (0, 1)]
+    q = [numpy_q(agent.critic, j, batch[0].numpy(), batch[1].numpy()) for j in (0, 1)]
     assert loss.item() == pytest.approx(sum(((one - y) ** 2).mean() for one in q), rel=1e-9)
     assert info["q"].item() == pytest.approx(np.mean(q), rel=1e-9)
 
@@ -204,12 +207,9 @@ def test_target_passes_no_gradient():
 
 
 # --- Update ---
-def update(settings: dict, seed_agent=None):
-    args = mobile.Args(real_ratio=NUM_REAL / BATCH, **settings)
-    agent = seed_agent or random_agent(mobile, args)
-    noise, _ = random_noise()
-    info = mobile.update(agent, random_dynamics(), as_rows(random_batch()), noise, random_model_noise(), args)
-    return agent, info
+def update(settings: dict, agent) -> dict[str, torch.Tensor]:
+    args, (noise, _) = mobile.Args(real_ratio=NUM_REAL / BATCH, **settings), random_noise()
+    return mobile.update(agent, random_dynamics(), as_rows(random_batch()), noise, random_model_noise(), args)
 
 
 @pytest.mark.parametrize("fixed_alpha", [None, 0.2])
@@ -220,17 +220,15 @@ def test_first_critic_step_is_on_the_targets_of_numpy(clamp_target, backup_entro
     settings = {"penalty_coef": 0.7, "backup_entropy": backup_entropy, "fixed_alpha": fixed_alpha}
     settings["clamp_target"] = clamp_target
     agent, dynamics, batch = random_agent(mobile, mobile.Args()), random_dynamics(), random_batch()
-    obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
+    obs, action = batch[0].numpy(), batch[1].numpy()
     u = numpy_inconsistency(agent, dynamics, obs[NUM_REAL:], action[NUM_REAL:], random_model_noise())
-    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, random_noise()[0][0].numpy())
-    next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
-    next_value -= backup_entropy * (fixed_alpha or 1.0) * next_log_prob  # log_alpha starts at 0
-    y = reward + 0.99 * (1 - terminal) * next_value
+    alpha = backup_entropy * (fixed_alpha or 1.0)  # log_alpha starts at 0
+    y = numpy_target(agent, batch, random_noise()[0][0], alpha, 0.99)
     y[NUM_REAL:] -= 0.7 * u
     assert (y < 0).any()
     y = np.where(y < 0, 0.0, y) if clamp_target else y
     q = [numpy_q(agent.critic, j, obs, action) for j in (0, 1)]
-    agent, info = update(settings, agent)
+    info = update(settings, agent)
     assert info["critic_loss"].item() == pytest.approx(sum(((one - y) ** 2).mean() for one in q), rel=1e-6)
     assert info["inconsistency"].item() == pytest.approx(u.mean(), rel=1e-9)
     assert info["alpha"].item() == pytest.approx(fixed_alpha or 1.0)
@@ -244,7 +242,7 @@ def test_actor_and_temperature_go_where_numpy_says(settings, alpha):
     with torch.no_grad():
         agent.log_alpha.fill_(0.7)
     actor = copy.deepcopy(agent.actor)
-    agent, info = update(settings, agent)
+    info = update(settings, agent)
     obs = random_batch()[0].numpy()
     action, log_prob = numpy_actor(actor, obs, random_noise()[0][1].numpy())
     q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))  # of the critic after its step
