@@ -13,7 +13,8 @@ A grid file has one or more blocks. In a block every list is an axis, every othe
 A run's folder is called after its dataset, script, axes and seed: pendulum-random-v0__mopo__penalty-coef=1__0. Every
 run is a command that anyone can type (--dry-run prints them); beside what it always leaves there are log.txt, all that
 it printed, and resources.json, its peak memory. One that fails stops no other. The same grid started again skips what
-is finished and goes on with the rest, whatever was killed: runner, runs or machine.
+is finished and goes on with the rest, whatever was killed: runner, runs or machine. Where there are GPUs each run sees
+one of them, and has it to itself unless --workers asks for more runs than there are GPUs.
 Run: python benchmarks/run.py benchmarks/grids/demo.toml
      python benchmarks/run.py --script mopo --seeds 0 1 --set penalty-coef=0,1 --set num-updates=2000
 """
@@ -38,6 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -58,7 +60,7 @@ class Args:
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # name=value, or name=value,value for an axis; once for each
     name: str = ""  # of the folder under --run-dir, by default the grid's
     run_dir: str = "runs"  # where the grid's folder is made
-    workers: int = 0  # runs at a time; 0: as many as cores and memory allow
+    workers: int = 0  # runs at a time; 0: one per GPU, without a GPU as many as cores and memory allow
     threads: int = 1  # CPU threads of a run
     memory_per_worker: float = 2.0  # GB that a run needs; resources.json tells what earlier ones did
     dry_run: bool = False  # print the commands and end
@@ -297,13 +299,20 @@ def available_gb() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
+def visible_gpus() -> list[str]:
+    """Every GPU as CUDA_VISIBLE_DEVICES calls it."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[: torch.cuda.device_count()] if names else list(map(str, range(torch.cuda.device_count())))
+
+
 def num_workers(runs: list[Run], args: Args) -> int:
     """Raises InputError when memory is too small for as many as are asked for."""
+    gpus = [] if all(run.settings["device"] == "cpu" for run in runs) else visible_gpus()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # what a killed start has left behind has its memory already, and its place is free when it ends
     num_under_way = sum(run.under_way() for run in runs if run.folder.is_dir())
     fit = int(available_gb() / args.memory_per_worker) + num_under_way
-    workers = args.workers or max(1, min(cores // args.threads, fit))
+    workers = args.workers or max(1, min(len(gpus) or cores // args.threads, fit))
     if workers > fit:
         need = f"--workers {workers} needs {workers * args.memory_per_worker:,.1f} GB of memory (--memory-per-worker)"
         largest = f"the largest number that fits is {fit}" if fit else "lower --memory-per-worker"
@@ -314,6 +323,7 @@ def num_workers(runs: list[Run], args: Args) -> int:
 def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) -> None:
     """Fills `failed` with exit statuses. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all runs have ended."""
     queue, running, signals, num_forwarded = list(runs), {}, [], 0
+    gpus, gpu_of = visible_gpus(), {}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: signals.append(True))
     while running or (queue and not signals):
@@ -341,7 +351,10 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
                     if state_now(run, failed) in ("new", "begun"):
                         command = run.command(args.threads)
                         print("$", shlex.join(command), file=log, flush=True)
-                        running[run] = start(command[1:], log, args.threads)
+                        taken = Counter(gpu_of[other] for other in running)
+                        free = gpus if run.settings["device"] != "cpu" else []
+                        gpu_of[run] = min(free, key=taken.__getitem__, default=None)
+                        running[run] = start(command[1:], log, args.threads, gpu=gpu_of[run])
         num_done = len(runs) - len(queue) - len(running) - len(failed)
         view.show(failed, f"{len(running) + len(elsewhere)} running, {num_done} done, {len(failed)} failed")
         time.sleep(0.5)
@@ -349,10 +362,12 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
         raise KeyboardInterrupt
 
 
-def start(command: list[str], log: TextIO, threads: int, cwd: str | None = None) -> subprocess.Popen:
-    """Python with `command`; what it prints goes to `log`."""
+def start(
+    command: list[str], log: TextIO, threads: int, cwd: str | None = None, gpu: str | None = None
+) -> subprocess.Popen:
+    """Python with `command`; what it prints goes to `log`. Of the GPUs it sees `gpu` alone, if one is named."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-    env = os.environ | dict.fromkeys(names, str(threads))
+    env = os.environ | dict.fromkeys(names, str(threads)) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
     # in a session of its own: the terminal's Ctrl-C reaches it once, through this process
     return subprocess.Popen([sys.executable, *command], env=env, cwd=cwd, start_new_session=True, **streams)

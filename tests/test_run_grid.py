@@ -160,6 +160,34 @@ def test_a_grid_for_gpus_needs_one_here_only_where_it_runs_here(home, monkeypatc
     assert not torch.cuda.is_available()
 
 
+@pytest.mark.parametrize(
+    "visible, device, workers, at_a_time, gpus",
+    [
+        (None, "auto", 0, 2, ["0", "1"]),
+        ("7,GPU-a5", "auto", 0, 2, ["7", "GPU-a5"]),
+        (None, "auto", 4, 4, ["0", "1"]),
+        (None, "cpu", 4, 4, [None, None]),
+    ],
+)
+def test_runs_are_spread_over_the_gpus(home, monkeypatch, capsys, visible, device, workers, at_a_time, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    popen, seen = subprocess.Popen, []
+
+    def sleeping(command, env, **kwargs):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", sleeping)
+    grid = write_grid(home, f'device = "{device}"\nseed = [0, 1, 2, 3]')
+    assert run.main(run.Args(grid=grid, workers=workers, memory_per_worker=0.01)) == 1  # nothing was trained
+    assert f", {at_a_time} at a time," in capsys.readouterr().out
+    assert seen[:2] == gpus and sorted(seen[2:], key=str) == sorted(gpus, key=str)
+
+
 def test_more_workers_than_memory_and_axes_that_have_a_flag_are_refused(home):
     with pytest.raises(InputError, match="the largest number that fits is"):
         run.main(run.Args(grid=write_grid(home, ""), workers=100_000))
