@@ -8,7 +8,7 @@ values lie apart:
 
 The critic's target is lower by beta U at simulated rows, with the U of the present target critics: it costs eight times
 the rest of the update, and nothing is stored with the rollouts. beta = 0 is offline MBPO, but for [1] and [2].
-As in the authors' code, [1] the critic's target has no entropy, [2] on the sets in TUNED it is never below 0, [3] the
+As in the authors' code, [1] the critic's target has no entropy, [2] on gym-mujoco's sets it is never below 0, [3] the
 actor's learning rate falls along a cosine and alpha stays below 1, or is fixed, [4] B_i lacks the reward and gamma of a
 backup: what members think of the reward is left out, and beta takes the factor.
 Run: python algos/mobile.py

@@ -88,7 +88,7 @@ class Args:
     real_ratio: float = 0.05  # share of real rows in a batch [MOPO]
     rollout_interval: int = 1_000  # updates between rollouts [MOPO]
     rollout_batch_size: int = 50_000  # start states of a rollout, drawn from the data [MOPO]
-    rollout_length: int = 5  # h, model steps from each start state [1 or 5, by dataset: TUNED]
+    rollout_length: int = 5  # h, model steps from each start state [MOPO: 1 or 5, by dataset]
     rollout_retain: int = 5  # full rollouts that the model buffer holds [MOPO]
     # --- SAC ---
     hidden_layers: int = 2  # of 256 units, in actor and critics [MOPO]

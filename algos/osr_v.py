@@ -98,7 +98,7 @@ class Args:
     latent_coef: float = 0.5  # weight of its latent variable's KL [OSR code]
     inverse_loss: Literal["likelihood", "squared"] = "likelihood"  # of logged actions, or of samples' errors [1]
     std_head: Literal["own", "shared"] = "own"  # of the inverse model; shared: a function of its mean [2]
-    inverse_updates: int = 50_000  # of the inverse model [OSR code: 7,800]
+    inverse_updates: int = 50_000  # of the inverse model [OSR code: 7,812]
     inverse_lr: float = 1e-4  # of its fit [OSR code]
 
 

@@ -63,8 +63,8 @@ P(A > B): how probable it is that a run of A scores higher than one of B on the 
 
 DISPLACEMENT = """\
 `--displace`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way through its median
-episode, at the step that is named; how many episodes get there; and how far from the data the 50 steps that follow
-are, in standard deviations.
+episode, at the step that is named; how many of ten episodes are left after none and after 15; and how far from the data
+the 50 steps that follow are in those that are left, in standard deviations.
 """
 CURVES = """\
 Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
@@ -480,12 +480,12 @@ def displacement_table(cells: list[Cell]) -> str:
             # (num_seeds, number of forced actions)
             columns = {name: np.array([one[name] for one in measured], dtype=float) for name in DISPLACED}
             row = [cell.dataset, cell.method, len(measured), number(columns["step"][:, 0].mean(), 0)]
-            row.append(number(columns["episodes"][:, 0].mean()))
+            row += map(number, columns["episodes"].mean(axis=0)[[0, -1]])
             row += map(number, columns["return_mean"].mean(axis=0))
             distance = [d[np.isfinite(d)] for d in columns["distance"].T]  # of the seeds that got there
             rows.append(row + [number(d.mean() if len(d) else np.nan, 2) for d in distance])
     names = [f"{what} {num}" for what in ("return", "distance") for num in (0, 5, 10, 15)]
-    return table(f"dataset, method, seeds, step, episodes, {', '.join(names)}", rows) if rows else ""
+    return table(f"dataset, method, seeds, step, episodes 0, episodes 15, {', '.join(names)}", rows) if rows else ""
 
 
 def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
@@ -592,14 +592,14 @@ def report_csv(cells: list[Cell]) -> str:
 def readme_table(cells: list[Cell]) -> str:
     """Every script on every dataset with its own settings, or where it was run with others alone, the least changed."""
     shown, rows = {}, []
-    for cell in sorted(cells, key=lambda cell: (cell.algo, cell.dataset, cell.variant.count("="), cell.variant)):
+    for cell in sorted(cells, key=lambda cell: (cell.dataset, cell.algo, cell.variant.count("="), cell.variant)):
         shown.setdefault((cell.algo, cell.dataset), cell)
     for cell in shown.values():
         name = f"[{cell.algo}.py](algos/{cell.algo}.py)" + f" {cell.variant}" * bool(cell.variant)
         score, returns = mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"], 0)
-        row = [name, cell.dataset, cell.updates, f"{score} ({len(cell.runs)})"]
+        row = [cell.dataset, name, cell.updates, f"{score} ({len(cell.runs)})"]
         rows.append([*row, returns, number(cell.facts["data_return"].mean(), 0)])
-    return table("script, dataset, updates, score (seeds), return, the data's mean return", rows)
+    return table("dataset, script, updates, score (seeds), return, the data's mean return", rows)
 
 
 def replace_table(path: Path, text: str) -> None:

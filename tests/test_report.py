@@ -152,7 +152,7 @@ def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
     for seed, returns in enumerate([(100, 90, 80, 70), (200, 90, 60, 30)]):
         folder = make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed)
         pairs = zip((0, 5, 10, 15), returns)
-        rows = [f"{num},{40 + 20 * seed},{value},0.5,{2 * seed + 1},{num / 10}" for num, value in pairs]
+        rows = [f"{num},{40 + 20 * seed},{value},0.5,{2 * seed + 1 - num / 15},{num / 10}" for num, value in pairs]
         (folder / "displaced.csv").write_text(
             "forced_actions,step,return_mean,return_std,episodes,distance\n" + "\n".join(rows)
         )
@@ -161,7 +161,7 @@ def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
     call(tmp_path, tmp_path / "g")
     text = (tmp_path / "out" / "report.md").read_text().split("## Displaced")[1].split("##")[0]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
-    assert rows == ["| a/v0 | mopo | 2 | 50 | 2.0 | 150.0 | 90.0 | 70.0 | 50.0 | 0.00 | 0.50 | 1.00 | 1.50 |"]
+    assert rows == ["| a/v0 | mopo | 2 | 50 | 2.0 | 1.0 | 150.0 | 90.0 | 70.0 | 50.0 | 0.00 | 0.50 | 1.00 | 1.50 |"]
 
 
 @pytest.mark.parametrize("name", ["a-v0__mopo__3__20261124-002445-038924", "a-v0__mopo__3", "mine"])
