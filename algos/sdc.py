@@ -115,6 +115,10 @@ TUNED = {  # for the embedded default a run of three minutes; elsewhere the defa
         dynamics_max_epochs=30, conservative_coef=0.1, num_samples=2, transition_updates=5_000,
     ),
 }  # fmt: skip
+RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other numbers at 0
+    "seed": (0, math.inf), "num_threads": (0, math.inf), "target_entropy": (-math.inf, math.inf),
+    "gamma": (0, 1), "tau": (0, 1),
+}  # fmt: skip
 
 
 # --- Networks ---
@@ -240,8 +244,9 @@ class Agent(nn.Module):
         self.alpha_opt = Adam([self.log_alpha], args.alpha_lr)
         self.log_kappa = nn.Parameter(torch.tensor(0.0))
         self.kappa_opt = Adam([self.log_kappa], args.multiplier_lr)
-        for name, shape in (("obs_std", obs_dim), ("bandwidth", ()), ("mmd_0", ())):
-            self.register_buffer(name, torch.ones(shape), persistent=False)  # of the data, by `calibrate`
+        # of the data, by `calibrate`: the unit of the perturbation; the MMD's unit, in which constants have 1
+        for name, shape in (("obs_std", obs_dim), ("obs_scale", obs_dim), ("bandwidth", ()), ("mmd_0", ())):
+            self.register_buffer(name, torch.ones(shape), persistent=False)
 
 
 # --- The method ---
@@ -281,7 +286,7 @@ def deviation(agent, transition, dynamics: Dynamics, obs, perturbed, action, lat
     usual = transition.sample(obs.expand(n, -1, -1), latent_noise)  # (n, batch, obs_dim)
     start = perturbed.expand(n, -1, -1).flatten(0, 1)
     reached, _ = dynamics.step(start, action.flatten(0, 1), order, model_noise)
-    return mmd(usual / agent.obs_std, reached.unflatten(0, (n, -1)) / agent.obs_std, agent.bandwidth).mean()
+    return mmd(usual / agent.obs_scale, reached.unflatten(0, (n, -1)) / agent.obs_scale, agent.bandwidth).mean()
 
 
 #     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s), K of pi(.|s'), all of them actions at s
@@ -407,8 +412,6 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
 
     Raises InputError where the constraint would say nothing: when the kernel is next to 0 or 1 everywhere.
     """
-    if args.eta == math.inf:
-        raise InputError("--eta inf is no constraint: --multiplier 0 says so")
     generator = torch.Generator(data.obs.device).manual_seed(args.seed)
 
     def randn(*shape: int) -> Tensor:
@@ -416,10 +419,11 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
 
     known = data.successor_known.nonzero().squeeze(1)
     at = known[torch.randint(len(known), (1_000,), device=known.device, generator=generator)]
-    agent.obs_std.copy_(transition.obs_std)
+    agent.obs_std.copy_(data.obs.std(dim=0))
+    agent.obs_scale.copy_(transition.obs_std)
     shape = args.mmd_samples, len(at), data.obs.shape[1]
-    obs, next_obs = data.obs[at].expand(shape), data.next_obs[at] / agent.obs_std
-    one, other = (transition.sample(obs, randn(*shape[:2], transition.latent_dim)) / agent.obs_std for _ in range(2))
+    obs, next_obs = data.obs[at].expand(shape), data.next_obs[at] / agent.obs_scale
+    one, other = (transition.sample(obs, randn(*shape[:2], transition.latent_dim)) / agent.obs_scale for _ in range(2))
     distance = (one[0] - next_obs).norm(dim=-1)
     agent.bandwidth.copy_(distance.median() if args.bandwidth is None else torch.tensor(args.bandwidth))
     kernel = (-distance.square() / (2 * agent.bandwidth.square())).exp().mean().item()
@@ -468,7 +472,7 @@ def evaluate(actor, envs, data: OfflineDataset, seed: list[int], forced: range =
             return returns
 
 
-def displace(run: Path, actor: Actor, envs: gym.vector.VectorEnv, data: OfflineDataset, args: Args) -> None:
+def displace(run: Path, actor, envs: gym.vector.VectorEnv, data: OfflineDataset, args: Args) -> None:
     """displaced.csv: the final policy's return after 0, 5, 10 and 15 forced actions, half-way through its episodes.
 
     The test of recovery by Zhang et al. 2022 and Jiang et al. 2023, whose step 500 is half of an episode that nothing
@@ -478,19 +482,20 @@ def displace(run: Path, actor: Actor, envs: gym.vector.VectorEnv, data: OfflineD
     seed, rows = [args.seed, args.num_updates], []
     evaluate(actor, envs, data, seed, after=(undisturbed := []))
     middle = sum(2 * len(obs) > envs.num_envs for obs in undisturbed) // 2
-    std = data.obs.std(dim=0).clamp(min=1e-6)
-    logged = data.obs[:: math.ceil(len(data.obs) / 50_000)] / std
+    std, mean = torch.std_mean(data.obs, dim=0)
+    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constants keep their unit
+    logged = (data.obs[:: math.ceil(len(data.obs) / 50_000)] - mean) / std
     for num in (0, 5, 10, 15):
         returns = evaluate(actor, envs, data, seed, range(middle, middle + num), after := [])
         visited = torch.as_tensor(np.concatenate(after[:50] or [np.empty((0, len(std)))]), dtype=torch.float32)
-        distance = torch.cdist(visited.to(std.device) / std, logged).amin(dim=1).mean().item()
+        distance = torch.cdist((visited.to(std.device) - mean) / std, logged).amin(dim=1).mean().item()
         row = {"forced_actions": num, "step": middle, "return_mean": returns.mean(), "return_std": returns.std()}
         rows.append(row | {"episodes": len(after[0]) if after else 0, "distance": distance})
         print(f"displaced   by {num:>2} actions: return {returns.mean():8.1f}, distance to the data {distance:.3f}")
     write_csv(run / "displaced.csv", rows)
 
 
-def film(actor: Actor, data: OfflineDataset, path: Path) -> None:
+def film(actor, data: OfflineDataset, path: Path) -> None:
     """One episode as a gif."""
     try:
         env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
@@ -521,14 +526,11 @@ def read_args() -> tuple[Args, list[str]]:
     args, notes = tyro.cli(Args, default=replace(Args(), **base)), []
     for field in fields(Args):
         value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        if field.name in ("gamma", "tau", "real_ratio", "policy_share", "top_fraction") and not 0 <= value <= 1:
-            raise InputError(f"{flag} must lie between 0 and 1, not {value}")
-        least = 0 if field.name in ("seed", "num_threads", "warm_start_updates") else 1
-        if type(value) is int and value < least:
-            raise InputError(f"{flag} must be at least {least}, not {value}")
-        if type(value) is float and field.name != "target_entropy" and not value >= 0:
-            raise InputError(f"{flag} must be 0 or more, not {value}")
-        if value != field.default:
+        least, most = RANGES.get(field.name, (1 if type(value) is int else 0, math.inf))
+        if type(value) in (int, float) and not least <= value <= most:
+            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise InputError(f"{flag} must be {bounds}, not {value}")
+        if value != field.default or value != base.get(field.name, value):
             notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
@@ -606,7 +608,7 @@ def load_checkpoint(run: Path, agent: Agent, data: OfflineDataset) -> dict:
 def keep_freed_memory() -> None:
     """Asks glibc to keep what is freed. It hands large buffers back to Linux, which zeroes each page of the next ones.
 
-    At every update: a quarter of the time of one with CQL's term.
+    At every update: up to a quarter of the time of a large one.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
@@ -652,6 +654,8 @@ def compiled(function: Callable, args: Args, device: torch.device) -> Callable:
 
 
 def main(args: Args, notes: list[str]) -> None:
+    if args.eta == math.inf:
+        raise InputError("--eta inf is no constraint: --multiplier 0 says so")
     start = time.monotonic()
     sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
     run = make_run_folder(args)

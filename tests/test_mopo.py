@@ -682,6 +682,23 @@ def test_model_buffer_is_a_ring_that_forgets_the_oldest_rows():
         assert torch.equal(held[:, 1], -held[:, 0])
 
 
+@pytest.mark.parametrize("num, capacity", [(4, 10), (10, 10), (14, 10), (14, 25), (4, 25)])
+def test_a_restored_buffer_forgets_as_it_would_have_and_a_larger_one_only_when_it_is_full(num, capacity):
+    def rows(first: int, num: int) -> torch.Tensor:
+        return torch.arange(first, first + num, dtype=torch.float32)[:, None]
+
+    saved, restored = (mopo.ModelBuffer(n, 1, torch.device("cpu")) for n in (10, capacity))
+    for i in range(1, num + 1, 2):
+        saved.add(rows(i, 2))
+    restored.restore(saved.state())
+    for i in range(num + 1, num + 40, 3):
+        saved.add(rows(i, 3))
+        restored.add(rows(i, 3))
+        written = range(max(1, num - 9), i + 3)  # what was saved, and all since
+        assert sorted(restored.rows[: restored.size, 0].tolist()) == list(written)[-capacity:]
+        assert capacity > 10 or torch.equal(restored.rows, saved.rows)
+
+
 def mixed_batch(real_ratio: float, filled: int = 300, batch_size: int = 256):
     """Real rows are 1, those in the buffer 2, the rest of the buffer is no number."""
     buffer = mopo.ModelBuffer(1_000, 10, torch.device("cpu"))

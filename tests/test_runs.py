@@ -139,11 +139,25 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
 
 
 def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(run, capsys):
-    folder = run("--penalty-coef", "0.25")
+    folder = run("--penalty-coef", "0.25", "--alpha-lr", "1e-4")
     out = capsys.readouterr().out.splitlines()
     assert "setting     --penalty-coef 0.25 (command line)" in out
+    assert "setting     --alpha-lr 0.0001 (command line)" in out  # the script's default, but not TUNED's
     assert "setting     --score-evals 3 (TUNED for this dataset)" in out
     assert out[0] == f"run         {folder}"
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [("mopo", ()), ("sdm_gan", ("--num-candidates", "3")), ("onestep", ("--improvement", "easy-bcq"))],
+)
+def test_the_saved_policy_is_the_one_that_was_evaluated(run, monkeypatch, script, flags):
+    module, seen = importlib.import_module(f"algos.{script}"), []
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda policy, *rest: seen.append(policy) or evaluate(policy, *rest))
+    saved = torch.load(run(*flags, script=script) / "policy.pt", weights_only=True)["actor"]
+    state = seen[-1].state_dict()
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
 
 
 def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):
@@ -216,6 +230,24 @@ def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run
     assert all(float(row["return_mean"]) != undisturbed for row in rows[1:])
     assert all(0 < float(row["distance"]) < 2 for row in rows)
     assert capsys.readouterr().out.count("displaced   by") == 4
+
+
+def test_displaced_distances_are_those_of_the_nearest_standardised_logged_states(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    logged, visited = (rng.normal(size=(n, 3)) * [1, 100, 0] + [0, 1_000, 5] for n in (300, 40))  # the last is constant
+    data = SimpleNamespace(obs=torch.tensor(logged, dtype=torch.float32))
+
+    def evaluate(actor, envs, data, seed, forced=range(0), after=None):
+        after += [visited[i : i + 10].astype(np.float32) for i in range(0, 40, 10)]
+        return np.ones(10)
+
+    monkeypatch.setattr(mopo, "evaluate", evaluate)
+    mopo.displace(tmp_path, None, SimpleNamespace(num_envs=10), data, mopo.Args())
+    apart = ((visited[:, None] - logged) / [*logged.std(axis=0, ddof=1)[:2], 1]) ** 2
+    with open(tmp_path / "displaced.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = np.sqrt(apart.sum(axis=2)).min(axis=1).mean()
+    assert [float(row["distance"]) for row in rows] == pytest.approx([expected] * 4, rel=1e-4)
 
 
 def test_a_finished_run_is_displaced_afterwards_and_stays_what_it_was(run):
@@ -318,10 +350,10 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
     "flags, words",
     [
         (("--num-updates", "-1"), "--num-updates must be at least 1"),
-        (("--real-ratio", "2"), "--real-ratio must lie between 0 and 1"),
+        (("--real-ratio", "2"), "--real-ratio must be between 0 and 1, not 2.0"),
         (("--seed", "-1"), "--seed must be at least 0"),
-        (("--penalty-coef", "-1"), "--penalty-coef must be 0 or more"),
-        (("--penalty-coef", "nan"), "--penalty-coef must be 0 or more"),
+        (("--penalty-coef", "-1"), "--penalty-coef must be at least 0, not -1.0"),
+        (("--penalty-coef", "nan"), "--penalty-coef must be at least 0, not nan"),
         (("--num-elites", "8"), "--num-elites 8 is more than --num-members 7"),
         (("--env-id", "Hopper-v5"), "observations of 3 numbers but Hopper-v5 has 11"),
         (("--env-id", "Hoper-v5"), "Hoper"),
@@ -331,12 +363,23 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
         (("--termination", "nonsense"), "none of auto, known, learned, none and module:function"),
         (("--resume", "absent"), "no run to resume"),
         (("--run-name", "file/run"), "cannot write to"),
+        (("--gae-lambda", "1.5"), "--gae-lambda must be between 0 and 1, not 1.5"),
+        (("--init-std", "0"), "--init-std must be at least 0.001, not 0.0"),
+        (("--expectile", "1.5"), "--expectile must be between 0 and 1"),
+        (("--momentum", "1"), "--momentum must be between 0 and 0.999"),
+        (("--target-entropy", "nan"), "--target-entropy must be at least -inf, not nan"),
+        (("--eta", "inf"), "--eta inf is no constraint: --multiplier 0 says so"),
+        (("--threshold-coef", "1", "--num-elites", "1"), "MOReL compares elites: give --num-elites above 1"),
+        (("--halt-offset", "1", "--gae-lambda", "1", "--num-elites", "1"), "MOReL compares elites"),
     ],
 )
 def test_bad_input_gets_one_sentence(run, tmp_path, flags, words):
     (tmp_path / "file").touch()
+    known = {script: importlib.import_module(f"algos.{script}").Args.__dataclass_fields__ for script in SCRIPTS}
+    names = {flag[2:].replace("-", "_") for flag in flags[::2]}
+    script = "mopo" if names <= known["mopo"].keys() else next(s for s in SCRIPTS if names <= known[s].keys())
     with pytest.raises(InputError, match=words) as error:
-        run(*flags)
+        run(*flags, script=script)
     assert len(str(error.value).splitlines()) == 1
 
 

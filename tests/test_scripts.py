@@ -22,6 +22,7 @@ PAIRS = list(combinations(SCRIPTS, 2))
 MAY_DIFFER = {
     "Args": "settings of its own; those in common are compared one by one",
     "TUNED": "settings by dataset",
+    "RANGES": "settings of its own",
     "Agent": "networks of its own",
     "critic_loss": "where a method enters",
     "actor_loss": "where a method enters",

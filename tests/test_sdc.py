@@ -1,11 +1,13 @@
 """SDC's functions against independent float64 NumPy, known values of the MMD, cql.py, and models with known answers."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_combo import (
     ACTION_DIM,
     BATCH,
@@ -45,6 +47,7 @@ def models(dtype=torch.float64) -> tuple[sdc.TransitionModel, Dynamics]:
 def sdc_agent(args, dtype=torch.float64):
     agent = random_agent(sdc, args, dtype)
     agent.obs_std.copy_(torch.tensor([0.5, 2.0, 3.0]))
+    agent.obs_scale.copy_(torch.tensor([0.7, 2.0, 2.5]))
     agent.bandwidth.fill_(1.3)
     agent.mmd_0.fill_(0.4)
     return agent
@@ -179,7 +182,7 @@ def test_calibration_takes_width_and_mmd_0_from_u_and_the_log_s_own_actions_meet
     sdc.calibrate(agent, transition, data, args)
     assert "constraint  MMD <=" in (out := capsys.readouterr().out)
     assert 0.8 < float(out.split("samples of U lie ")[1].split()[0]) < 1.1
-    assert agent.obs_std.item() == pytest.approx(data.obs.std().item(), rel=1e-4)
+    assert [x.item() for x in (agent.obs_std, agent.obs_scale)] == pytest.approx([data.obs.std().item()] * 2, rel=1e-4)
     # the same draws, by the seed
     generator = torch.Generator().manual_seed(0)
     at = torch.randint(4_000, (1_000,), generator=generator)
@@ -210,10 +213,12 @@ def test_calibration_shows_a_transition_model_whose_latent_variable_is_not_used(
     assert float(capsys.readouterr().out.split("samples of U lie ")[1].split()[0]) < 0.1
 
 
-def test_an_infinite_eta_is_refused_with_the_flag_that_means_it(linear):
-    data, transition = linear
-    with pytest.raises(InputError, match="--multiplier 0"):
-        sdc.calibrate(sdc.Agent(1, 1, sdc.Args()), transition, data, sdc.Args(eta=math.inf))
+def test_a_constant_dimension_is_not_perturbed_and_is_measured_in_units_of_its_own(linear):
+    data, _ = linear
+    data = replace(data, obs=F.pad(data.obs, (0, 1), value=5.0), next_obs=F.pad(data.next_obs, (0, 1), value=5.0))
+    agent, transition = sdc.Agent(2, 1, sdc.Args()), sdc.TransitionModel(data.obs, data.next_obs)
+    sdc.calibrate(agent, transition, data, sdc.Args())
+    assert agent.obs_std[1] == 0 and agent.obs_scale[1] == 1
 
 
 def test_a_policy_that_does_as_the_log_does_has_no_deviation_where_all_is_determined_and_more_the_further_off_it_is():
@@ -249,14 +254,14 @@ def test_actor_loss_and_mmd_are_those_of_numpy(normalise_q):
     agent, (transition, dynamics), batch = sdc_agent(args), models(), random_batch()
     noise, proposal_noise = random_noise()
     extra = obs_noise, action_noise, latent_noise, order, model_noise = method_noise()
-    std, obs = np.array([0.5, 2.0, 3.0]), batch[0].numpy()
+    std, scale, obs = np.array([0.5, 2.0, 3.0]), np.array([0.7, 2.0, 2.5]), batch[0].numpy()
     action, log_prob = numpy_actor(agent.actor, obs, noise[1].numpy())  # at the logged state
     q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
     perturbed = obs + 0.2 * std * obs_noise.numpy()
     chosen = np.concatenate([numpy_actor(agent.actor, perturbed, action_noise[k].numpy())[0] for k in range(N)])
     reached, _ = dynamics.step(torch.as_tensor(np.tile(perturbed, (N, 1))), torch.as_tensor(chosen), order, model_noise)
-    y = reached.numpy().reshape(N, BATCH, OBS_DIM) / std
-    x = np.stack([numpy_sample(transition, obs, latent_noise[k].numpy()) for k in range(N)]) / std
+    y = reached.numpy().reshape(N, BATCH, OBS_DIM) / scale
+    x = np.stack([numpy_sample(transition, obs, latent_noise[k].numpy()) for k in range(N)]) / scale
     distance = np.mean([numpy_mmd(x[:, i], y[:, i], 1.3) for i in range(BATCH)])
     info = sdc.update(agent, transition, dynamics, as_rows(batch), noise, proposal_noise, *extra, args=args)
     assert info["mmd"].item() == pytest.approx(distance, rel=1e-6)
