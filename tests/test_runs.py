@@ -234,7 +234,8 @@ def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run
 
 def test_displaced_distances_are_those_of_the_nearest_standardised_logged_states(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    logged, visited = (rng.normal(size=(n, 3)) * [1, 100, 0] + [0, 1_000, 5] for n in (300, 40))  # the last is constant
+    # the last dimension is constant in the data
+    logged, visited = (rng.normal(size=(n, 3)) * [1, 100, 0] + [0, 1_000, last] for n, last in ((300, 5.3), (40, 5.4)))
     data = SimpleNamespace(obs=torch.tensor(logged, dtype=torch.float32))
 
     def evaluate(actor, envs, data, seed, forced=range(0), after=None):
