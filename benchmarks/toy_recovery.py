@@ -1,4 +1,4 @@
-"""A toy laboratory for dynamics-aware constraints: does a policy that was pushed off its data find back to them?
+"""A toy laboratory for dynamics-aware constraints: does a policy that was pushed off its data find its way back?
 
 A point in the plane, s' = s + STEP a, so that the action from s to s' is known: (s' - s) / STEP. The log goes round a
 ring, a few steps an episode, and never corrects itself. A policy is trained on it, goes round, is kicked off and acts
