@@ -13,6 +13,7 @@ import torch._inductor.config
 from torch import nn
 
 import algos.combo as combo
+import algos.mobile as mobile
 from common.dataset import InputError
 from common.dynamics import Dynamics
 
@@ -366,16 +367,6 @@ def test_regulariser_is_linear_in_its_coefficient():
     assert losses[1] - losses[0] == pytest.approx(gap) and losses[2] - losses[0] == pytest.approx(2 * gap)
 
 
-def test_gap_of_the_logged_actions_themselves_at_equal_density_has_no_expectation():
-    agent, batch, (noise, _) = random_agent(combo, combo.Args()), random_batch(), random_noise()
-    agent.critic = Table(BATCH + 3 * K * BATCH)
-    samples = batch[1].expand(3, K, -1, -1)
-    nets = agent.critic, agent.target_critic, agent.actor
-    zero = torch.zeros(3, K, BATCH, dtype=torch.float64)
-    _, info = combo.critic_loss(*nets, batch, noise[0], 0.9, samples, zero, BATCH, 1.0, "all")
-    assert info["conservative_gap"].item() == pytest.approx(2 * math.log(3 * K))  # the number of samples is all of it
-
-
 def test_every_sample_is_judged_at_s_in_one_pass_over_the_critic():
     agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
     agent.critic = Table(BATCH + 3 * K * (BATCH - 6))
@@ -538,10 +529,10 @@ def never(obs, action, next_obs):
     return torch.zeros(len(obs), dtype=torch.bool)
 
 
-def run_rollout(starts, terminal_fn=never, dynamics=None, **settings):
+def run_rollout(starts, terminal_fn=never, dynamics=None, module=combo, **settings):
     torch.manual_seed(7)
-    actor = combo.Actor(OBS_DIM, ACTION_DIM, hidden=8)
-    return combo.rollout(dynamics or StubDynamics(), actor, terminal_fn, starts, combo.Args(**settings)), actor
+    actor = module.Actor(OBS_DIM, ACTION_DIM, hidden=8)
+    return module.rollout(dynamics or StubDynamics(), actor, terminal_fn, starts, module.Args(**settings)), actor
 
 
 def test_rollout_rows_are_what_the_model_said_without_a_penalty():
@@ -567,14 +558,15 @@ def test_rollout_actions_are_the_policys_or_uniform(policy):
         assert (column - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 0.014
 
 
+@pytest.mark.parametrize("module", [combo, mobile], ids=["combo", "mobile"])
 @pytest.mark.parametrize("num_starts", [1, 2_300])
-def test_trajectories_end_at_their_first_terminal_or_after_h_steps(num_starts):
+def test_trajectories_end_at_their_first_terminal_or_after_h_steps(num_starts, module):
     starts = torch.arange(num_starts, dtype=torch.float32)[:, None] / 100 + torch.zeros(OBS_DIM)
 
     def ends(obs, action, next_obs):
         return next_obs[:, 0] - obs[:, 0] > 1.1
 
-    rows, _ = run_rollout(starts, ends, rollout_length=3)
+    rows, _ = run_rollout(starts, ends, module=module, rollout_length=3)
     obs, next_obs = rows[:, :OBS_DIM], rows[:, REWARD + 1 : TERMINAL]
     assert torch.equal(rows[:, TERMINAL], ends(obs, None, next_obs).float())
     at = {tuple(o.tolist()): i for i, o in enumerate(obs)}

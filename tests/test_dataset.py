@@ -21,7 +21,7 @@ from gymnasium.spaces import Box, Dict, Discrete, flatten
 from minari.data_collector import EpisodeBuffer
 
 import common.dataset as dataset_module
-from common.dataset import DEFAULT_DATASET, REF_SCORES, InputError, cache_dir, load_dataset, record_random
+from common.dataset import DEFAULT_DATASET, InputError, cache_dir, load_dataset, record_random
 
 ROOT = Path(__file__).parent.parent
 TENSORS = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")
@@ -344,7 +344,7 @@ def test_embedded_default_is_100_random_pendulum_episodes():
     assert data.terminal.sum() == 0 and data.episode_end.sum() == 100 and data.successor_known.all()
     assert data.episode_returns.mean() == pytest.approx(-1200, abs=100)
     assert data.action.min() < -0.99 and data.action.max() > 0.99
-    assert data.env_spec.id == "Pendulum-v1" and data.ref_scores == REF_SCORES["Pendulum"]
+    assert data.env_spec.id == "Pendulum-v1" and data.ref_scores == (-1230, -150)
     assert abs(data.normalised_score(data.episode_returns.mean())) < 5
     assert "100 episodes, 20,000 steps, 0 terminal" in data.summary()
     assert minari.list_local_datasets()[DEFAULT_DATASET]["total_steps"] == 20_000
@@ -356,7 +356,7 @@ def test_recording_is_seeded_and_may_stop_inside_an_episode(tmp_path, monkeypatc
     record_random("Hopper-v5", "toy/three-v0", num_steps=130, seed=4)
     one, two, three = (load_dataset(f"toy/{name}-v0") for name in ("one", "two", "three"))
     assert len(one.obs) == 130 and equal(one, two) and one.data_hash == two.data_hash != three.data_hash
-    assert one.ref_scores == REF_SCORES["Hopper"] and one.env_spec.id == "Hopper-v5"
+    assert one.ref_scores == (-20.272305, 3234.3) and one.env_spec.id == "Hopper-v5"
     assert os.environ["MINARI_DATASETS_PATH"] == str(tmp_path / "minari")
 
 
@@ -429,7 +429,7 @@ def test_references_of_the_dataset_win_over_the_table(hopper_episodes):
     write_minari("toy/a-v0", [(observations, *steps)], env="Hopper-v5", ref_min_score=1.0, ref_max_score=3.0)
     assert load_dataset("toy/a-v0").normalised_score(2.0) == 50.0
     hopper_minari(hopper_episodes)
-    assert load_dataset("toy/hopper-v0").ref_scores == REF_SCORES["Hopper"]
+    assert load_dataset("toy/hopper-v0").ref_scores == (-20.272305, 3234.3)  # of D4RL
 
 
 @pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", "other/Hopper-v0"])
@@ -682,3 +682,16 @@ def test_damaged_minari_datasets_give_a_sentence(case, words, tmp_path):
         data_file.unlink()
     with pytest.raises(InputError, match=words):
         load_dataset("toy/small-v0")
+
+
+def test_a_box_that_is_not_symmetric_is_mapped_to_minus_1_to_1_and_back():
+    low, high = np.float32([0, -2]), np.float32([1, 6])
+    (observations, _, *steps), *_ = made_up_episodes((3,), "t", action_dim=2)
+    logged = np.float32([[0, -2], [0.5, 2], [1, 6]])
+    spaces = {"obs_space": Box(-np.inf, np.inf, (2,)), "action_space": Box(low, high)}
+    write_minari("toy/box-v0", [(observations, logged, *steps)], **spaces)
+    data = load_dataset("toy/box-v0")
+    assert data.action.tolist() == [[-1, -1], [0, 0], [1, 1]]
+    np.testing.assert_allclose(
+        data.to_env_action(np.float32([[-1, 0], [0.5, 1], [-3, 3]])), [[0, 2], [0.75, 6], [0, 6]]
+    )

@@ -14,7 +14,6 @@ from test_combo import (
     as_rows,
     changed,
     needs_compiler,
-    never,
     numpy_actor,
     numpy_q,
     random_agent,
@@ -288,21 +287,6 @@ def test_compiled_and_eager_updates_agree(capsys):
 
 
 # --- Rollouts, settings ---
-def test_rollout_rows_are_what_the_elites_said_step_after_step():
-    dynamics, actor = random_dynamics(torch.float32), mobile.Actor(OBS_DIM, ACTION_DIM)
-    torch.manual_seed(7)
-    rows = mobile.rollout(dynamics, actor, never, torch.ones(50, OBS_DIM), mobile.Args(rollout_length=2))
-    torch.manual_seed(7)
-    obs, expected = torch.ones(50, OBS_DIM), []
-    with torch.no_grad():
-        for _ in range(2):
-            action, _ = actor(obs, torch.randn(50, ACTION_DIM))
-            next_obs, reward = dynamics.step(obs, action, torch.randperm(50), torch.randn(50, OBS_DIM + 1))
-            expected += zip(obs, action, reward, next_obs)
-            obs = next_obs
-    assert torch.equal(rows, torch.stack([torch.cat([o, a, r[None], s, torch.zeros(1)]) for o, a, r, s in expected]))
-
-
 def test_a_batch_without_simulated_rows_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(InputError, match="--real-ratio 1.0 leaves"):
         mobile.main(mobile.Args(real_ratio=1.0, run_dir=str(tmp_path / "runs")), [])

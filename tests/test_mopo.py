@@ -668,6 +668,27 @@ def test_rollout_needs_no_gradient():
     assert not rows.requires_grad and not u.requires_grad
 
 
+# --- Settings by dataset ---
+def test_tuned_settings_are_those_of_offlinerl_kit_under_both_names():
+    assert mopo.TUNED["hopper/medium-v0"] == {"rollout_length": 5, "penalty_coef": 5.0}
+    assert mopo.TUNED["d4rl/hopper-medium-replay-v2"] == {"rollout_length": 5, "penalty_coef": 2.5}
+    assert mopo.TUNED["walker2d/medium-replay-v0"] == {"rollout_length": 1, "penalty_coef": 2.5}
+    assert mopo.TUNED["d4rl/halfcheetah-medium-v2"] == {"rollout_length": 5, "penalty_coef": 0.5}
+    assert len(mopo.TUNED) == 19
+
+
+def test_a_file_with_d4rls_name_gets_the_settings_of_its_set_and_flags_come_first(monkeypatch):
+    def settings(*flags: str) -> tuple[float, int]:
+        monkeypatch.setattr("sys.argv", ["mopo.py", *flags])
+        args, _ = mopo.read_args()
+        return args.penalty_coef, args.rollout_length
+
+    path = ("--dataset", "somewhere/hopper_medium-v2.hdf5")
+    assert settings(*path) == (5.0, 5) and settings(*path, "--penalty-coef", "3") == (3.0, 5)
+    assert settings("--dataset", "somewhere/walker2d_medium_replay-v2.hdf5") == (2.5, 1)
+    assert settings("--dataset", "somewhere/mine.hdf5") == (mopo.Args.penalty_coef, mopo.Args.rollout_length)
+
+
 # --- Buffer and batches ---
 def test_model_buffer_is_a_ring_that_forgets_the_oldest_rows():
     buffer, written = mopo.ModelBuffer(10, 2, torch.device("cpu")), []
@@ -711,9 +732,9 @@ def mixed_batch(real_ratio: float, filled: int = 300, batch_size: int = 256):
 def test_batch_of_256_has_12_real_rows_as_they_are_and_244_of_the_filled_part_of_the_buffer():
     torch.manual_seed(0)
     for _ in range(50):
-        batch = mixed_batch(0.05)
+        batch = mixed_batch(mopo.Args().real_ratio)
         assert batch.shape == (256, 10)
-        assert torch.equal(batch[:, 0].sort().values, torch.tensor([1.0] * 12 + [2.0] * 244))
+        assert torch.equal(batch[:, 0], torch.tensor([1.0] * 12 + [2.0] * 244))
         assert (batch == batch[:, :1]).all()
 
 

@@ -205,15 +205,6 @@ def test_the_target_of_a_halted_row_is_minus_kappa_whatever_its_successor(succes
     assert info["critic_loss"].item() == pytest.approx(((q + 77.0) ** 2).mean(axis=1).sum(), rel=1e-5)
 
 
-def test_one_payment_is_worth_what_an_absorbing_state_pays_for_ever():
-    gamma, kappa = 0.97, 3.0
-    rows, _ = run_rollout(stub_mdp(10.0, halt_reward=-kappa / (1 - gamma)), starts_at([0.0]))
-    rewards = rows[:, REWARD].double().numpy()
-    absorbing = np.concatenate([rewards[:-1], np.full(3_000, -kappa)])
-    once, for_ever = (np.sum(gamma ** np.arange(len(r)) * r) for r in (rewards, absorbing))
-    assert once == pytest.approx(for_ever, rel=1e-6)
-
-
 def test_a_higher_threshold_halts_less_and_is_worth_more():
     starts = starts_at(np.linspace(-4, 4, 33).tolist())
     data, shares, values = stub_data(starts, [1] * 33, max_episode_steps=8), [], []
@@ -329,3 +320,10 @@ def test_smaller_thresholds_halt_more_rows_of_a_run(run):
         with open(run(coef, "--threshold-coef", coef) / "progress.csv", newline="") as file:
             rates.append(float(list(csv.DictReader(file))[0]["halt_rate"]))
     assert rates[0] > rates[1] > rates[2]
+
+
+def test_tuned_offsets_are_those_of_j_morel_under_both_names():
+    offsets = {"halfcheetah": 200.0, "hopper": 50.0, "walker2d": 30.0}
+    for name, offset in offsets.items():
+        assert morel.TUNED[f"{name}/medium-v0"] == morel.TUNED[f"d4rl/{name}-medium-v2"] == {"halt_offset": offset}
+    assert len(morel.TUNED) == 25

@@ -450,3 +450,11 @@ def test_trajectories_start_at_the_datas_initial_states(run, monkeypatch):
     run("starts", "--num-updates", "1")
     starts, steps = seen[0]
     assert steps == 12 and starts.shape == (20, 3) and len(starts.unique(dim=0)) == 3
+
+
+def test_tuned_settings_are_those_of_j_morel_under_both_names():
+    hopper = {"threshold_coef": 10.0, "halt_offset": 50.0, "num_trajectories": 200, "horizon": 700, "num_updates": 500}
+    assert npg.TUNED["hopper/medium-v0"] == npg.TUNED["d4rl/hopper-medium-v2"] == hopper | {"init_std": 0.78}
+    assert npg.TUNED["d4rl/halfcheetah-random-v2"]["threshold_coef"] == 50.0 and len(npg.TUNED) == 25
+    for name, log_std in (("halfcheetah", -1.0), ("walker2d", -0.5)):
+        assert math.log(npg.TUNED[f"{name}/medium-v0"]["init_std"]) == pytest.approx(log_std, abs=0.01)

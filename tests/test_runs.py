@@ -20,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import algos.mopo as mopo
-from common.dataset import InputError
+from common.dataset import InputError, load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -64,6 +64,7 @@ def run(home, tmp_path, monkeypatch):
         module.main(*module.read_args())
         return tmp_path / "run"
 
+    call.folder = tmp_path / "run"
     return call
 
 
@@ -135,6 +136,8 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
     policy = torch.load(folder / "policy.pt", weights_only=True)
     module = importlib.import_module(f"algos.{script}")
     module.Agent(3, 1, module.Args(**config["args"])).actor.load_state_dict(policy["actor"])
+    if "obs_mean" in policy["actor"]:  # a policy that standardises
+        torch.testing.assert_close(policy["actor"]["obs_mean"], load_dataset("pendulum/random-v0").obs.mean(dim=0))
     assert policy["action_high"].item() == 2.0 and json.loads(policy["config"])["algo"] == script
 
 
@@ -173,21 +176,93 @@ def test_evaluating_more_often_changes_nothing_else(run, tmp_path):
     assert progress(tmp_path / "often")[-1]["return_mean"] == progress(tmp_path / "rarely")[-1]["return_mean"]
 
 
-@pytest.mark.parametrize("script", ["combo", "cql"])
-def test_the_noise_of_sampled_actions_is_uniform_for_the_first_kind_and_normal_for_the_others(script, run, monkeypatch):
-    module, seen = importlib.import_module(f"algos.{script}"), []
+def spied(module, monkeypatch, name: str) -> tuple[list[list[torch.Tensor]], list]:
+    """Records the tensors that `name` is called with, and what it returns; the first argument is left out."""
+    inputs, outputs, function = [], [], getattr(module, name)
+
+    def spy(*given, **settings):
+        inputs.append([x.clone() for x in given[1:] if isinstance(x, torch.Tensor) and x.is_floating_point()])
+        outputs.append(function(*given, **settings))
+        return outputs[-1]
+
+    monkeypatch.setattr(module, name, spy)
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("script", ["mopo", "mobile", "sac_bc", "combo", "cql", "osr", "osr_v", "sdc"])
+def test_noise_is_normal_and_new_but_for_uniform_actions(script, run, monkeypatch):
+    inputs, _ = spied(importlib.import_module(f"algos.{script}"), monkeypatch, "update")
+    run(*(["--num-samples", "10"] if script in ("combo", "cql", "osr", "osr_v", "sdc") else []), script=script)
+    _, *noises = (torch.stack(x) for x in zip(*inputs))  # (40, ...) each
+    uniform = [noise[:, 0] for noise in noises if noise.shape[1:4] == (3, 10, 32)]
+    normal = [noise[:, 1:] if noise.shape[1:4] == (3, 10, 32) else noise for noise in noises]
+    assert len(noises) >= 1 and len(uniform) == (script in ("combo", "cql", "osr", "osr_v", "sdc"))
+    for x in uniform:
+        assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and abs(x.var() - 1 / 3) < 0.02
+    for x in normal:
+        assert abs(x.mean()) < 0.1 and abs(x.var() - 1) < 0.15
+    assert all(len(noise.unique()) > 0.99 * noise.numel() for noise in noises)  # no number stands twice
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_actors_learning_rate_falls_along_a_cosine_to_0_or_stays(schedule, run, monkeypatch):
+    module, rates = importlib.import_module("algos.cql"), []
     update = module.update
+    monkeypatch.setattr(
+        module, "update", lambda agent, *rest: rates.append(agent.actor_opt.lr.item()) or update(agent, *rest)
+    )
+    run("--actor-lr-schedule", schedule, "--actor-lr", "0.01", "--num-updates", "4", script="cql")
+    fall = [1, 0.853553, 0.5, 0.146447] if schedule == "cosine" else [1] * 4
+    assert rates == pytest.approx([0.01 * x for x in fall], rel=1e-4)
 
-    def spy(agent, rows, noise, proposal_noise, args):
-        seen.append(proposal_noise.clone())
-        return update(agent, rows, noise, proposal_noise, args)
 
-    monkeypatch.setattr(module, "update", spy)
-    run("--num-samples", "10", script=script)
-    uniform, normal, next_normal = torch.stack(seen, dim=1).flatten(1)  # 12,800 numbers each
-    assert -1 <= uniform.min() < -0.99 and 0.99 < uniform.max() <= 1 and abs(uniform.var() - 1 / 3) < 0.02
-    assert abs(normal.var() - 1) < 0.1 and abs(next_normal.var() - 1) < 0.1
-    assert not torch.equal(normal, next_normal)
+def test_rollouts_begin_at_logged_states_and_the_buffer_keeps_the_newest(run, monkeypatch):
+    inputs, outputs = spied(mopo, monkeypatch, "rollout")
+    buffer_add, sizes = mopo.ModelBuffer.add, []
+    monkeypatch.setattr(mopo.ModelBuffer, "add", lambda self, rows: buffer_add(self, rows) or sizes.append(self.size))
+    run("--rollout-batch-size", "1000", "--rollout-length", "2", "--rollout-retain", "2")
+    logged = {tuple(obs.tolist()) for obs in load_dataset("pendulum/random-v0").obs}
+    starts = [tuple(obs.tolist()) for (obs,) in inputs for obs in obs]
+    assert len(starts) == 3_000 and set(starts) <= logged and len(set(starts)) > 2_500  # also the states after ends
+    assert sizes == [2_000, 4_000, 4_000] and int(progress(run.folder)[-1]["model_buffer_size"]) == 4_000
+
+
+@every_script
+@pytest.mark.parametrize("successors", ["true", "classic"])
+def test_true_successors_are_the_default(script, successors, run, monkeypatch):
+    def stop(*inputs):
+        raise InputError(f"classic: {inputs[3]}")
+
+    monkeypatch.setattr(importlib.import_module(f"algos.{script}"), "load_dataset", stop)
+    with pytest.raises(InputError, match=f"classic: {successors == 'classic'}"):
+        run(*(["--successors", "classic"] if successors == "classic" else []), script=script)
+
+
+@pytest.mark.parametrize(
+    "script, model", [("osr", "inverse_model"), ("osr_v", "inverse_model"), ("sdc", "transition_model")]
+)
+def test_what_follows_in_the_data_is_learned_where_it_is_known(script, model, tmp_path, monkeypatch):
+    step, rng = np.arange(60), np.random.default_rng(0)
+    arrays = {"observations": rng.normal(size=(60, 3)), "actions": rng.uniform(-1, 1, (60, 2)), "rewards": step}
+    np.savez(tmp_path / "own.npz", **arrays, terminals=step % 20 == 9, timeouts=step % 20 == 19)
+    module, data = importlib.import_module(f"algos.{script}"), load_dataset(str(tmp_path / "own.npz"))
+    monkeypatch.setattr(module, "load_or_train", lambda name, make, loss, rows, *rest: rows)
+    rows = getattr(module, model)(data, module.Args())
+    assert len(data.obs) == 57 and len(rows) == data.successor_known.sum() == 54
+    assert torch.equal(rows[:, :3], data.obs[data.successor_known])
+
+
+@pytest.mark.parametrize("script", ["iql", "onestep"])
+@pytest.mark.parametrize("scale", ["returns", "none"])
+def test_rewards_are_scaled_by_the_range_of_returns_unless_told_otherwise(script, scale, run, monkeypatch):
+    inputs, _ = spied(importlib.import_module(f"algos.{script}"), monkeypatch, "update")
+    run(*(["--reward-scale", "none"] if scale == "none" else []), script=script)
+    data = load_dataset("pendulum/random-v0")
+    factor = 1_000 / np.ptp(data.episode_returns) if scale == "returns" else 1.0
+    seen = torch.cat([rows[:, 4] for rows, *_ in inputs])
+    logged = (data.reward * factor).sort().values
+    nearest = logged[torch.searchsorted(logged, seen).clamp(max=len(logged) - 1)]
+    torch.testing.assert_close(nearest, seen, rtol=1e-3, atol=1e-3 * factor)
 
 
 @pytest.mark.parametrize("improvement, num_critic", [("reverse-kl", 30), ("easy-bcq", 40)])
@@ -195,10 +270,30 @@ def test_onestep_learns_q_first_and_then_with_it_as_it_is_the_policy(improvement
     module, stages = importlib.import_module("algos.onestep"), []
     update = module.update
     monkeypatch.setattr(module, "update", lambda *inputs: stages.append(inputs[-2]) or update(*inputs))
+    _, infos = spied(module, monkeypatch, "update")
     folder = run("--policy-share", "0.25", "--improvement", improvement, script="onestep")
     assert stages == [False] * num_critic + [True] * (40 - num_critic)
     policy = torch.load(folder / "policy.pt", weights_only=True)["actor"]
     assert ("noise" in policy) == (improvement == "easy-bcq")
+    # the policy begins as the behaviour model
+    assert improvement == "easy-bcq" or abs(infos[num_critic]["kl"]) < 1e-5 < abs(infos[-1]["kl"])
+
+
+def test_imitation_of_the_best_tenth_takes_the_rows_of_ten_episodes(run, capsys):
+    run("--top-fraction", "0.1", script="bc")
+    assert "imitation   of 2,000 rows of the best episodes" in capsys.readouterr().out
+
+
+def test_the_natural_gradient_begins_with_a_clone_and_a_value_in_the_units_of_the_data(run, monkeypatch):
+    module, clones = importlib.import_module("algos.morel_npg"), []
+    clone = module.clone
+    monkeypatch.setattr(module, "clone", lambda *inputs: clones.append(1) or clone(*inputs))
+    folder = run("--halt-offset", "5000", script="morel_npg")
+    run("--resume", str(folder), "--num-updates", "41", script="morel_npg")
+    assert len(clones) == 1
+    state, data = torch.load(folder / "checkpoint.pt", weights_only=True)["agent"], load_dataset("pendulum/random-v0")
+    torch.testing.assert_close(state["value.obs_mean"], data.obs.mean(dim=0))
+    assert state["value.scale"].item() == pytest.approx(5_000 - data.reward.min().item(), rel=1e-5)
 
 
 def test_another_seed_gives_another_policy(run, tmp_path):
@@ -382,6 +477,12 @@ def test_bad_input_gets_one_sentence(run, tmp_path, flags, words):
     with pytest.raises(InputError, match=words) as error:
         run(*flags, script=script)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["mopo", "mobile", "combo", "morel", "morel_npg", "sdc", "sdm_gan"])
+def test_every_script_with_an_ensemble_wants_the_file_that_it_is_given(script, run):
+    with pytest.raises(InputError, match="no ensemble at absent.pt"):
+        run("--dynamics", "absent.pt", script=script)
 
 
 def test_an_environment_whose_package_is_missing_is_refused():

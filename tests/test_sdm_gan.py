@@ -418,6 +418,7 @@ def test_a_run_warms_up_then_asks_the_model_and_moves_the_policy_in_every_second
 
     def spy(agent, dynamics, terminal_fn, *inputs, improve, args):
         seen.append((bool(inputs[3]), bool(improve), len(rollouts)))
+        assert {tuple(row[:2]) for row in inputs[2].tolist()} <= {tuple(row) for row in obs.astype(np.float32).tolist()}
         assert torch.equal(agent.reward_range, sdm_gan.reward_range(torch.tensor(arrays["rewards"]).float()))
         return original(agent, dynamics, terminal_fn, *inputs, improve=improve, args=args)
 
