@@ -111,7 +111,10 @@ def episode(observations: list, steps: list[tuple]) -> EpisodeBuffer:
 
 
 def sampled_return(actor: mopo.Actor, env: Env, seed: int) -> float:
-    """Mean return of the episodes that end within 1,000 steps of ten environments."""
+    """Mean return of the episodes that end within 1,000 steps of ten environments.
+
+    Where lengths differ much it lies below the true mean: a long episode that begins late does not end in time.
+    """
     limit = gym.spec(env.id).max_episode_steps
     whole = [e for e in play(actor, env, 10_000, seed) if e.terminations[-1] or len(e.rewards) == limit]
     return float(np.mean([e.rewards.sum() for e in whole]))
@@ -239,7 +242,8 @@ def replay(training: dict, num_steps: int, env: Env) -> Iterator[EpisodeBuffer]:
 def record(name: str, grade: str, args: Args, training: dict | None = None) -> None:
     """Writes <name>/<grade>-v0 unless it exists."""
     env, dataset_id, start = ENVS[name], f"{name}/{grade}-v0", time.monotonic()
-    if (get_dataset_path() / dataset_id).exists():
+    if (folder := get_dataset_path() / dataset_id).exists():
+        print(f"{dataset_id}: exists and stays as it is; remove {folder} to record it anew", flush=True)
         return
     if grade == "random":
         record_random(env.id, dataset_id, args.num_steps, args.seed, **env.kwargs)
@@ -302,6 +306,8 @@ def table(names: tuple[str, ...]) -> str:
 def main(args: Args) -> None:
     if "medium-replay" in args.grades and not args.train:
         raise InputError("medium-replay is the replay of a training: add --train")
+    if min(args.num_steps, args.processes) < 1:
+        raise InputError("--num-steps and --processes must be at least 1")
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(work, name, args) for name in args.envs]:
             future.result()

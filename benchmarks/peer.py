@@ -77,6 +77,10 @@ class OldEnv:
 
 
 def main(args: Args) -> None:
+    if args.num_updates % 1_000 or args.eval_interval % 1_000:
+        raise InputError("--num-updates and --eval-interval must be multiples of 1,000, OfflineRL-Kit's epoch")
+    if not (args.peer / "run_example").is_dir():
+        raise InputError(f"{args.peer} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
     torch.set_num_threads(args.num_threads)
     mopo.set_matmul_precision("highest", torch.device("cpu"))
     data = load_dataset(args.dataset)
@@ -101,7 +105,7 @@ def main(args: Args) -> None:
         def call(trainer):
             nonlocal epochs
             epochs += 1
-            if (epochs * 1_000) % args.eval_interval == 0:
+            if (epochs * 1_000) % args.eval_interval == 0 or epochs * 1_000 == args.num_updates:
                 returns = np.array((info := evaluate(trainer))["eval/episode_reward"])
                 row = {"update": epochs * 1_000, "seconds": time.monotonic() - start, "return_mean": returns.mean()}
                 row |= {"return_std": returns.std(), "normalised_score": data.normalised_score(returns.mean())}

@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
+from common.dataset import InputError, load_dataset  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
@@ -132,18 +132,20 @@ def read_folder(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no readable run ({error!r}): remove it, or run it again") from None
     data = load_data(args["dataset"], args.get("env_id") or None, args.get("successors") == "classic")
-    if data and data.data_hash != about["data_hash"]:
+    if data and data[0] != about["data_hash"]:
         print(f"note: {args['dataset']} is not what {folder} was run on: its mean is left out", file=sys.stderr)
         data = None
-    about["behaviour"] = float(f"{data.episode_returns.mean():.6g}") if data else None
-    about["ref_scores"] = data.ref_scores if data else None
+    about["behaviour"] = float(f"{data[1]:.6g}") if data else None
+    about["ref_scores"] = data[2] if data else None
     return Run(folder, about | {"peak_memory_gb": memory}, columns)
 
 
 @cache
-def load_data(name: str, env_id: str | None, classic_successors: bool) -> OfflineDataset | None:
+def load_data(name: str, env_id: str | None, classic_successors: bool) -> tuple[str, float, tuple | None] | None:
+    """Hash, mean return and reference scores; the rows themselves may be gigabytes."""
     try:
-        return load_dataset(name, "cpu", env_id, classic_successors)
+        data = load_dataset(name, "cpu", env_id, classic_successors)
+        return data.data_hash, float(data.episode_returns.mean()), data.ref_scores
     except InputError as error:
         print(f"note: the mean of {name} is left out ({error})", file=sys.stderr)
         return None

@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from common.dataset import InputError  # noqa: E402
 
 SET_HERE = ("num_threads", "run_dir", "run_name", "resume")  # settings that follow from the grid and from --threads
-AFTERWARDS = ("displace", "capture_video")  # what a finished run can still be asked for
+AFTERWARDS = ("displace",)  # what a finished run can still be asked for
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Run:
             saved = asdict(importlib.import_module(f"algos.{self.script}").Args()) | config["args"]
         except FileNotFoundError:
             return "new"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{self.folder / 'config.json'} is damaged: delete the folder") from None
         for name, value in self.settings.items():
             if name not in SET_HERE + AFTERWARDS and saved[name] != value:
@@ -131,6 +131,11 @@ class Run:
     def under_way(self) -> bool:
         with self.lock() or contextlib.nullcontext() as log:
             return log is None
+
+    def gpu(self) -> str:
+        """The one that its last start was given, whoever started it; empty where it had none."""
+        starts = re.findall(r"\$ (?:CUDA_VISIBLE_DEVICES=(\S+) )?python ", (self.folder / "log.txt").read_text())
+        return starts[-1] if starts else ""
 
     def peak_memory_gb(self) -> float:
         """Of all starts of the run; 0 where it is not known."""
@@ -323,7 +328,7 @@ def num_workers(runs: list[Run], args: Args) -> int:
 def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) -> None:
     """Fills `failed` with exit statuses. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all runs have ended."""
     queue, running, signals, num_forwarded = list(runs), {}, [], 0
-    gpus, gpu_of = visible_gpus(), {}
+    gpus = visible_gpus()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: signals.append(True))
     while running or (queue and not signals):
@@ -350,11 +355,12 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
                     queue.remove(run)
                     if state_now(run, failed) in ("new", "begun"):
                         command = run.command(args.threads)
-                        print("$", shlex.join(command), file=log, flush=True)
-                        taken = Counter(gpu_of[other] for other in running)
+                        taken = Counter(other.gpu() for other in [*running, *elsewhere])
                         free = gpus if run.settings["device"] != "cpu" else []
-                        gpu_of[run] = min(free, key=taken.__getitem__, default=None)
-                        running[run] = start(command[1:], log, args.threads, gpu=gpu_of[run])
+                        gpu = min(free, key=taken.__getitem__, default="")
+                        prompt = f"$ CUDA_VISIBLE_DEVICES={gpu}" if gpu else "$"
+                        print(prompt, shlex.join(command), file=log, flush=True)
+                        running[run] = start(command[1:], log, args.threads, gpu=gpu)
         num_done = len(runs) - len(queue) - len(running) - len(failed)
         view.show(failed, f"{len(running) + len(elsewhere)} running, {num_done} done, {len(failed)} failed")
         time.sleep(0.5)
@@ -362,9 +368,7 @@ def run_here(runs: list[Run], failed: dict[Run, int], view: View, args: Args) ->
         raise KeyboardInterrupt
 
 
-def start(
-    command: list[str], log: TextIO, threads: int, cwd: str | None = None, gpu: str | None = None
-) -> subprocess.Popen:
+def start(command: list[str], log: TextIO, threads: int, cwd: str | None = None, gpu: str = "") -> subprocess.Popen:
     """Python with `command`; what it prints goes to `log`. Of the GPUs it sees `gpu` alone, if one is named."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
     env = os.environ | dict.fromkeys(names, str(threads)) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

@@ -389,10 +389,11 @@ def main(args: Args) -> None:
             for name in list(contestants)[1:]
         ]
         print(f"| {work} | " + " | ".join(rates + ratios) + " |")
-    if args.only:
+    if args.only or not args.peer:  # the committed files have all of it
         return
     about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
-    about |= {"threads": args.num_threads, "matmul_precision": args.matmul_precision, "seconds": seconds}
+    about |= {"num_starts": args.num_starts, "repetitions": args.repetitions, "threads": args.num_threads}
+    about |= {"matmul_precision": args.matmul_precision, "seconds": seconds}
     precision = "" if args.matmul_precision == "highest" else f"-{args.matmul_precision}"
     path = Path(__file__).parent / "results" / f"speed-{args.num_threads}-threads{precision}.json"
     path.write_text(json.dumps(about, indent=1) + "\n")

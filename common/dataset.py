@@ -22,6 +22,7 @@ import h5py
 import minari
 import numpy as np
 import torch
+from filelock import FileLock
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces.utils import flatten_space
 from minari.data_collector import EpisodeBuffer
@@ -197,15 +198,49 @@ def _find(name: str) -> Path:
         if path.suffix not in (".hdf5", ".h5", ".npz"):
             raise InputError(f"{path} is neither .hdf5, .h5 nor .npz: convert it to one of them, with D4RL's keys.")
         return path
-    for folder in (path / "data", path, get_dataset_path() / name / "data"):
-        if (folder / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
+    for find in (lambda: path / "data", lambda: path, lambda: _minari_folder() / name / "data"):
+        if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
     return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
 
 
+def _minari_folder() -> Path:
+    """Where Minari has its datasets; it is made."""
+    try:
+        return get_dataset_path()
+    except OSError as error:
+        hint = "set MINARI_DATASETS_PATH to a folder that can be written"
+        raise InputError(f"Minari's folder cannot be made ({error}): {hint}") from None
+
+
+@contextmanager
+def _put_into_minari(dataset_id: str) -> Iterator[None]:
+    """Inside, Minari writes to a folder of its own; at the end the dataset is moved to the others, whole.
+
+    Two processes may do so at once and either may be killed.
+    """
+    root, usual_root = _minari_folder(), os.environ.get("MINARI_DATASETS_PATH")
+    try:
+        # Minari lists no hidden folders, and its own root is the only way to say where to write
+        with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder:
+            os.environ["MINARI_DATASETS_PATH"] = folder
+            yield
+            for namespace in list(Path(dataset_id).parents)[:-1]:
+                (root / namespace).mkdir(parents=True, exist_ok=True)
+                new, old = (Path(top, namespace, "namespace_metadata.json") for top in (folder, root))
+                if new.exists() and not old.exists():
+                    os.replace(new, old)
+            if not (root / dataset_id).exists():
+                os.rename(Path(folder, dataset_id), root / dataset_id)
+    finally:
+        os.environ.pop("MINARI_DATASETS_PATH", None)
+        if usual_root is not None:
+            os.environ["MINARI_DATASETS_PATH"] = usual_root
+
+
 def _download(name: str) -> Path:
     """Downloads a Minari dataset; fails at once when its remote cannot be reached. Returns its data folder."""
-    root = get_dataset_path()
+    root = _minari_folder()
     try:
         if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
             # Minari retries for half a minute before it gives up: one short request, through the library's own
@@ -214,7 +249,10 @@ def _download(name: str) -> Path:
             from huggingface_hub.utils import get_session
 
             get_session().head(constants.ENDPOINT, timeout=5)
-        minari.download_dataset(name)
+        with FileLock(root / ".downloading.lock"):
+            if not (root / name / "data").exists():  # else another process was faster
+                with _put_into_minari(name):
+                    minari.download_dataset(name)
         return root / name / "data"
     except Exception as error:  # malformed or unknown id, no network, no space: the user needs the same hint
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -427,7 +465,7 @@ def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int, **env
     Does nothing when `dataset_id` exists. Returns its folder. Raises InputError for an unknown environment or an
     unwritable folder.
     """
-    target = get_dataset_path() / dataset_id
+    target = _minari_folder() / dataset_id
     if target.exists():
         return target
     env = gym.make(_make_spaces(env_id)[0], **env_kwargs)
@@ -441,33 +479,20 @@ def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.E
     It appears complete or not at all, so two processes may write it at once and either may be killed. `policy` and
     `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
     """
-    root = get_dataset_path()
-    target = root / dataset_id
+    target = _minari_folder() / dataset_id
     low, high = _ref_scores(env.spec) or (None, None)
-    usual_root = os.environ.get("MINARI_DATASETS_PATH")
     try:
-        # Minari lists no hidden folders, and its own root is the only way to say where to write
-        with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder, warnings.catch_warnings():
+        with _put_into_minari(dataset_id), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name
-            os.environ["MINARI_DATASETS_PATH"] = folder
             minari.create_dataset_from_buffers(
                 dataset_id, episodes, env=env, ref_min_score=low, ref_max_score=high, algorithm_name=policy,
                 description=json.dumps(card),
             )  # fmt: skip
-            for namespace in list(Path(dataset_id).parents)[:-1]:
-                (root / namespace).mkdir(parents=True, exist_ok=True)
-                if not (root / namespace / "namespace_metadata.json").exists():
-                    os.replace(*(Path(top, namespace, "namespace_metadata.json") for top in (folder, root)))
-            if not target.exists():
-                os.rename(Path(folder, dataset_id), target)
-    except OSError as error:
-        if not target.exists():  # else another process was faster between the last two lines
+    except (OSError, ValueError) as error:  # ValueError: an id that Minari does not take
+        if not target.exists():  # else another process was faster between looking and moving
             raise InputError(f"Cannot record {target} ({error}): is MINARI_DATASETS_PATH writable?") from error
     finally:
         env.close()
-        os.environ.pop("MINARI_DATASETS_PATH", None)
-        if usual_root is not None:
-            os.environ["MINARI_DATASETS_PATH"] = usual_root
     return target
 
 

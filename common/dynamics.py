@@ -16,7 +16,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -227,6 +228,28 @@ def save(path: Path, state: dict) -> None:
     os.replace(temporary, path)
 
 
+def rounds_products(device: torch.device) -> bool:
+    """Whether float32 products are rounded to fewer digits there (bfloat16, TF32), so that a fit is another one."""
+    third = torch.full((64, 64), 1 / 3, device=device)
+    return not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5)
+
+
+@contextmanager
+def alone_with(file: Path, waiting: str) -> Iterator[None]:
+    """Inside, no other process is; `waiting` is printed when one has to end first."""
+    make_cache_folder(file.parent)
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def load_or_fit(
     data: OfflineDataset,
     seed: int,
@@ -238,27 +261,21 @@ def load_or_fit(
 ) -> Dynamics:
     """The ensemble of `data`: from the file `path`, else from the cache, else fitted and put into the cache.
 
-    The cache's key is the data's content, the settings and the seed. Returns the ensemble on the data's device, without
-    gradients to its weights. Raises InputError when the file is no ensemble or does not fit the data.
+    The cache's key is the data's content, the settings, the seed and whether products are rounded. Returns the ensemble
+    on the data's device, without gradients to its weights. Raises InputError when the file is no ensemble or does not
+    fit the data.
     """
     device, obs_dim, action_dim = data.obs.device, data.obs.shape[1], data.action.shape[1]
     settings = {"num_members": num_members, "num_elites": num_elites, "max_epochs": max_epochs}
     if num_elites > num_members:
         raise InputError(f"--num-elites {num_elites} is more than --num-members {num_members}")
-    key = json.dumps([FILE_VERSION, data.data_hash, settings, seed])
+    key = json.dumps([FILE_VERSION, data.data_hash, settings, seed, *["rounded products"] * rounds_products(device)])
     file = Path(path) if path else cache_dir() / "dynamics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
     verb = "reused"
     if not file.is_file():
-        make_cache_folder(file.parent)
-        lock = FileLock(file.with_suffix(".lock"))
-        try:
-            with lock.acquire(blocking=False):
-                pass
-        except Timeout:
-            print("dynamics    another process is fitting this ensemble: waiting for it")
-        with lock:
+        with alone_with(file, "dynamics    another process is fitting this ensemble: waiting for it"):
             if not file.is_file():
                 start = time.monotonic()
                 _fit_to_file(data, seed, num_members, num_elites, max_epochs, file, compile)
@@ -291,7 +308,7 @@ def _fit_to_file(data, seed: int, num_members: int, num_elites: int, max_epochs:
     known = data.successor_known
     x = torch.cat([data.obs, data.action], dim=-1)[known]
     y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{device.type}.partial")  # a generator's state is that of its kind of device
     epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
     sizes = {"obs_dim": obs_dim, "action_dim": action_dim, "num_members": num_members, "num_elites": num_elites}
     save(file, {"model": dynamics.state_dict(), "sizes": sizes, "epochs": epochs})

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir, make_cache_folder
-from common.dynamics import save
+from common.dataset import InputError, OfflineDataset, cache_dir
+from common.dynamics import alone_with, rounds_products, save
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
 HOLDOUT_INTERVAL = 500  # updates
@@ -42,31 +41,26 @@ def load_or_train(
     rows: (num_rows, width) on the data's device; loss(net, rows (batch, width), noise (batch, noise_dim), standard
     normal) returns a scalar. Of the weights, those with the lowest loss on held-out rows are kept: a twentieth of the
     rows, at most 1,000, always with the same noise. The cache's key is the name, the data's content, the seed,
-    num_updates, lr and `settings`, which is to hold whatever else shapes network, loss or rows. Returns the network
-    without gradients to its weights. Raises InputError when rows are too few or the loss is not finite.
+    num_updates, lr, whether products are rounded, and `settings`, which is to hold whatever else shapes network, loss or
+    rows. Returns the network without gradients to its weights. Raises InputError when rows are too few or the loss is
+    not finite.
     """
     if len(rows) < 20:
         raise InputError(f"the {name} needs 20 transitions or more, not {len(rows)}")
-    key = json.dumps([FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
+    rounded = ["rounded products"] * rounds_products(rows.device)
+    key = json.dumps([FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings, *rounded])
     file = cache_dir() / "pretrained" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
         torch.manual_seed(seed)
         net = make().to(rows.device)
     verb = "reused"
     if not file.is_file():
-        make_cache_folder(file.parent)
-        lock = FileLock(file.with_suffix(".lock"))
-        try:
-            with lock.acquire(blocking=False):
-                pass
-        except Timeout:
-            print(f"pretrained  another process is training this {name}: waiting for it")
-        with lock:
+        with alone_with(file, f"pretrained  another process is training this {name}: waiting for it"):
             if not file.is_file():
                 start = time.monotonic()
                 holdout = _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile, file)
                 save(file, {"net": net.state_dict(), "holdout": holdout})
-                file.with_suffix(".partial").unlink(missing_ok=True)
+                file.with_suffix(f".{rows.device.type}.partial").unlink(missing_ok=True)
                 verb = f"trained in {time.monotonic() - start:.0f} s"
     try:
         state = torch.load(file, map_location=rows.device, weights_only=True)
@@ -79,7 +73,7 @@ def load_or_train(
 
 def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile, file: Path) -> float:
     """Leaves the best weights in `net` and returns their holdout loss. Saves its state about once a minute."""
-    device, partial = rows.device, file.with_suffix(".partial")
+    device, partial = rows.device, file.with_suffix(f".{rows.device.type}.partial")
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device=device)
     num_holdout = min(len(rows) // 20, 1000)

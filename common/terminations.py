@@ -83,8 +83,11 @@ def f1_threshold(logit: Tensor, terminal: Tensor) -> float:
     """
     logit, order = logit.sort(descending=True)
     hits, called = terminal[order].cumsum(0), torch.arange(1, len(logit) + 1, device=logit.device)
-    best = int((2 * hits / (called + hits[-1])).argmax())
-    return float(logit[best : best + 2].mean())  # midway to the next row: the classes may lie far apart
+    f1 = 2 * hits / (called + hits[-1])
+    f1[:-1][logit[1:] == logit[:-1]] = 0  # no cut between equal logits
+    best = int(f1.argmax())
+    # midway to the next row: the classes may lie far apart
+    return float(logit[best : best + 2].mean()) if best + 1 < len(logit) else -math.inf
 
 
 def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:

@@ -244,6 +244,32 @@ def test_missing_minari_dataset_is_downloaded_when_there_is_a_network(monkeypatc
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     monkeypatch.setattr(minari, "download_dataset", write_small_minari)
     assert len(load_dataset("toy/small-v0").obs) == 12
+    monkeypatch.setattr(minari, "download_dataset", lambda _: pytest.fail("it is there"))
+    assert len(load_dataset("toy/small-v0").obs) == 12 and "toy/small-v0" in minari.list_local_datasets()
+
+
+def test_a_download_that_breaks_off_leaves_nothing_that_looks_like_a_dataset(monkeypatch):
+    def breaks_off(name: str) -> None:
+        folder = write_small_minari(name)
+        (folder / "data" / "main_data.hdf5").unlink()
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
+    monkeypatch.setattr(minari, "download_dataset", breaks_off)
+    usual = os.environ["MINARI_DATASETS_PATH"]
+    with pytest.raises(InputError, match="its download failed .ConnectionError: the line is dead"):
+        load_dataset("toy/small-v0")
+    assert os.environ["MINARI_DATASETS_PATH"] == usual and not list(Path(usual).glob("**/*.json"))
+    monkeypatch.setattr(minari, "download_dataset", write_small_minari)
+    assert len(load_dataset("toy/small-v0").obs) == 12
+
+
+def test_a_folder_of_minaris_that_cannot_be_made_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "minari"))
+    for name in (DEFAULT_DATASET, "toy/small-v0"):
+        with pytest.raises(InputError, match="set MINARI_DATASETS_PATH to a folder that can be written"):
+            load_dataset(name)
 
 
 def test_missing_minari_dataset_without_network_fails_at_once_and_says_what_there_is(monkeypatch):

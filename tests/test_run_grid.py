@@ -1,6 +1,7 @@
 """A grid of runs: what it refuses, what a kill costs, and that no run depends on how it was started."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -160,6 +162,32 @@ def test_a_grid_for_gpus_needs_one_here_only_where_it_runs_here(home, monkeypatc
     assert not torch.cuda.is_available()
 
 
+def gpus_of_sleeping_runs(monkeypatch) -> list[str | None]:
+    """Runs that do nothing for a second; as each one starts it adds the GPU that it sees."""
+    popen, seen = subprocess.Popen, []
+
+    def sleeping(command, env, **kwargs):
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", sleeping)
+    return seen
+
+
+def test_the_gpu_of_a_run_that_was_left_behind_is_not_given_to_another(home, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    grid, seen = write_grid(home, "seed = [0, 1]"), gpus_of_sleeping_runs(monkeypatch)
+    left_behind = Path("runs/g/pendulum-random-v0__mopo__0")
+    left_behind.mkdir(parents=True)
+    (left_behind / "log.txt").write_text("half a bar$ CUDA_VISIBLE_DEVICES=0 python algos/mopo.py\n")
+    with open(left_behind / "log.txt", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        threading.Timer(2, lambda: fcntl.flock(log, fcntl.LOCK_UN)).start()
+        assert run.main(run.Args(grid=grid, memory_per_worker=0.01)) == 1
+    assert seen == ["1", "0"]
+
+
 @pytest.mark.parametrize(
     "visible, device, workers, at_a_time, gpus",
     [
@@ -175,13 +203,7 @@ def test_runs_are_spread_over_the_gpus(home, monkeypatch, capsys, visible, devic
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    popen, seen = subprocess.Popen, []
-
-    def sleeping(command, env, **kwargs):
-        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
-        return popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **kwargs)
-
-    monkeypatch.setattr(subprocess, "Popen", sleeping)
+    seen = gpus_of_sleeping_runs(monkeypatch)
     grid = write_grid(home, f'device = "{device}"\nseed = [0, 1, 2, 3]')
     assert run.main(run.Args(grid=grid, workers=workers, memory_per_worker=0.01)) == 1  # nothing was trained
     assert f", {at_a_time} at a time," in capsys.readouterr().out

@@ -224,6 +224,16 @@ def test_threshold_is_midway_between_separate_classes():
     assert terminations.f1_threshold(logit, terminal) == 0.0
 
 
+@pytest.mark.parametrize(
+    "logit, terminal, called",
+    [([1, 1, 0], [1, 0, 0], [1, 1, 0]), ([2, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]), ([2, 1], [1, 1], [1, 1])],
+)
+def test_equal_logits_are_called_alike_and_all_of_them_where_that_is_best(logit, terminal, called):
+    logit = torch.tensor(logit, dtype=torch.float32)
+    threshold = terminations.f1_threshold(logit, torch.tensor(terminal, dtype=torch.bool))
+    assert (logit > threshold).int().tolist() == called
+
+
 def test_same_seed_same_rule_and_global_random_state_untouched(short_fit):
     data = point_mass(3_000, 0)
     torch.manual_seed(7)
