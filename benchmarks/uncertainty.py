@@ -125,8 +125,8 @@ def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, actio
     noise = torch.randn(num_samples, len(dynamics.elites), len(obs), obs.shape[1] + 1 + action.shape[1])
     backups = mobile.member_backups(dynamics, agent.actor, agent.target_critic, obs, action, noise)
     logged = torch.cat([data.obs, data.action], dim=1)
-    (std, mean), exact = torch.std_mean(logged, dim=0), "donot_use_mm_for_euclid_dist"
-    unit = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constants keep their unit
+    (width, mean), exact = torch.std_mean(logged, dim=0), "donot_use_mm_for_euclid_dist"
+    unit = torch.where(width > 1e-6 * (1 + mean.abs()), width, 1.0)  # constants keep their unit
     logged, here = logged / unit, torch.cat([obs, action], dim=1) / unit
     nearest = [torch.cdist(rows, logged, compute_mode=exact).amin(dim=1) for rows in here.split(100)]
     return {

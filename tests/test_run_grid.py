@@ -282,8 +282,8 @@ def test_a_folder_with_other_settings_is_refused_and_kept(home):
 
 
 def test_a_run_that_comes_out_with_other_settings_fails_alone(home, capsys, monkeypatch):
-    def start_edited(command, *rest):  # as if the script had been edited since the grid began
-        return start(command + ["--gamma", "0.5"] if command[-1].endswith("mopo__0") else command, *rest)
+    def start_edited(command, *rest, **gpu):  # as if the script had been edited since the grid began
+        return start(command + ["--gamma", "0.5"] if command[-1].endswith("mopo__0") else command, *rest, **gpu)
 
     start = run.start
     monkeypatch.setattr(run, "start", start_edited)
@@ -295,9 +295,9 @@ def test_a_run_that_comes_out_with_other_settings_fails_alone(home, capsys, monk
 
 
 def test_a_folder_that_spoils_while_its_run_waits_is_left_alone(home, capsys, monkeypatch):
-    def start_and_spoil(*inputs):
+    def start_and_spoil(*inputs, **gpu):
         Path("runs/g/pendulum-random-v0__mopo__1/config.json").write_text("{")
-        return start(*inputs)
+        return start(*inputs, **gpu)
 
     start = run.start
     monkeypatch.setattr(run, "start", start_and_spoil)
