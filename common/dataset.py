@@ -134,7 +134,7 @@ def load_dataset(
         else the folder of a Minari dataset, else "d4rl/hopper-medium-v2" or another key of D4RL, else a Minari id; the
         last two are downloaded when they are not local. Dictionaries of vectors are flattened, keys in sorted order.
     env_id: environment to evaluate in and to take the action box from, as for gym.make; wins over the dataset's own.
-    classic_successors: reproduces d4rl.qlearning_dataset, only to compare with numbers that were made with it:
+    classic_successors: as d4rl.qlearning_dataset (of files with timeouts), only to compare with numbers made with it:
         the successor of every row is the next row of the file, also across the end of an episode.
     Raises InputError when the data cannot be found, read or used.
     """
