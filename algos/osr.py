@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
-from common.dynamics import save  # noqa: E402
+from common.dynamics import rounds_products, save  # noqa: E402
 from common.pretrain import load_or_train  # noqa: E402
 
 ALGO = Path(__file__).stem
@@ -611,8 +611,7 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
     oneDNN rounds to bfloat16 only where the CPU has AMX; elsewhere it stays exact and is taken whatever the setting.
     """
     torch.set_float32_matmul_precision("medium")
-    third = torch.full((64, 64), 1 / 3)
-    if device.type != "cpu" or not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5):
+    if device.type != "cpu" or rounds_products(device):
         torch.set_float32_matmul_precision(precision)
 
 
