@@ -18,67 +18,32 @@ Run: python algos/sdm_gan.py
 """
 
 import copy
-import csv
-import ctypes
-import importlib.metadata
-import io
-import itertools
-import json
 import math
-import os
-import pickle
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
-import imageio
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
-from common.dynamics import Dynamics, load_or_fit, rounds_products, save  # noqa: E402
+from common.dataset import OfflineDataset, load_dataset  # noqa: E402
+from common.dynamics import Dynamics, load_or_fit  # noqa: E402
+from common.run import Run, RunArgs, start  # noqa: E402
 from common.terminations import termination_fn  # noqa: E402
-
-ALGO = Path(__file__).stem
 
 
 @dataclass
-class Args:
-    # --- Run ---
+class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
-    successors: Literal["true", "classic"] = "true"  # classic: d4rl.qlearning_dataset's, wrong where episodes end
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 512  # rows in a gradient step
-    eval_interval: int = 5_000  # updates between evaluations
-    eval_episodes: int = 10  # episodes in an evaluation, deterministic actions
-    score_evals: int = 10  # the score of a run is the mean of its last so many evaluations
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
-    num_threads: int = 0  # CPU threads, 0: all cores (or OMP_NUM_THREADS), at most 4
-    compile: bool = True  # the whole update as one graph; without, the same lines run eagerly
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
-    run_dir: str = "runs"  # where run folders are made
-    checkpoint_interval: int = 50_000  # updates between checkpoints
-    resume: str = ""  # folder of a run to go on with; its settings hold where no flag is given
-    run_name: str = ""  # by default dataset__algo__seed__time
-    capture_video: bool = False  # film one episode of the final policy
-    displace: bool = False  # measure what forced random actions half-way through an episode cost
     # --- Dynamics ---
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
@@ -129,10 +94,6 @@ TUNED = {  # for the embedded default ours, a run of two minutes; elsewhere the 
         "pen/cloned": (1, None), "pen/expert": (3, 50), "pen/human": (3, None),
     }.items()
     for dataset in (f"{name}-v0", *(f"d4rl/{name.replace('/', '-')}-v{version}" for version in (0, 1, 2)))
-}  # fmt: skip
-RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other numbers at 0
-    "seed": (0, math.inf), "num_threads": (0, math.inf), "warm_start_updates": (0, math.inf),
-    "gamma": (0, 1), "tau": (0, 1), "real_ratio": (0, 1), "momentum": (0, 0.999),
 }  # fmt: skip
 
 
@@ -331,10 +292,10 @@ def real_share(update: int, args: Args) -> float:
 class BestOfCandidates(nn.Module):
     """The policy at evaluation where num_candidates is not 1; the noise is the same in every state."""
 
-    def __init__(self, critic: Critic, actor: Actor, noise: Tensor):
+    def __init__(self, obs_dim: int, action_dim: int, noise_dim: int | None, num_candidates: int):
         super().__init__()
-        self.critic, self.actor = critic, actor
-        self.register_buffer("noise", noise)  # (num_candidates, noise_dim)
+        self.critic, self.actor = Critic(obs_dim, action_dim), Actor(obs_dim, action_dim, noise_dim)
+        self.register_buffer("noise", torch.zeros(num_candidates, self.actor.noise_dim))
 
     def act(self, obs: Tensor) -> Tensor:
         """(batch, obs_dim) -> (batch, action_dim)"""
@@ -439,11 +400,12 @@ def flat_rows(data: OfflineDataset) -> Tensor:
     return torch.cat([data.obs, data.action, data.reward[:, None], data.next_obs, data.terminal[:, None]], dim=-1)
 
 
-class ModelBuffer:
+class ModelBuffer(nn.Module):
     """The newest `capacity` simulated transitions, as flat rows in a ring."""
 
-    def __init__(self, capacity: int, width: int, device: torch.device):
-        self.rows = torch.zeros(capacity, width, device=device)
+    def __init__(self, capacity: int, width: int):
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(capacity, width))
         self.position = self.size = 0
 
     def add(self, rows: Tensor) -> None:
@@ -453,17 +415,11 @@ class ModelBuffer:
         self.position = (self.position + len(rows)) % len(self.rows)
         self.size = min(self.size + len(rows), len(self.rows))
 
-    def state(self) -> dict:
-        return {"rows": self.rows[: self.size].clone(), "position": self.position}
+    def get_extra_state(self) -> dict:
+        return {"position": self.position, "size": self.size}
 
-    def restore(self, state: dict) -> None:
-        if len(state["rows"]) > len(self.rows):
-            raise InputError("more simulated rows in the checkpoint than fit: resume with its rollout settings")
-        rows, position = state["rows"], state["position"]
-        if position < len(rows) < len(self.rows):  # a full ring, and a larger one now: the oldest to the front
-            rows, position = rows.roll(-position, dims=0), len(rows)
-        self.size, self.position = len(rows), position % len(self.rows)
-        self.rows[: self.size] = rows
+    def set_extra_state(self, state: dict) -> None:
+        self.position, self.size = state["position"], state["size"]
 
 
 def sample_batch(real_rows: Tensor, buffer: ModelBuffer, real_ratio: float, args: Args) -> Tensor:
@@ -496,334 +452,54 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
     return torch.cat(rows)
 
 
-# --- Evaluation ---
-def make_envs(data: OfflineDataset, num_envs: int) -> gym.vector.VectorEnv | None:
-    """The environments to evaluate in; None, and a line that says so, where the data name none."""
-    if data.env_spec is None:
-        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
-        return None
-    try:
-        return gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * num_envs)
-    except Exception as error:  # what a package that is missing or too old raises
-        raise InputError(f"cannot make {data.env_spec.id} ({error}): install its package, or give --env-id") from None
-
-
-@torch.no_grad()
-def evaluate(actor, envs, data: OfflineDataset, seed: list[int], forced: range = range(0), after=None) -> np.ndarray:
-    """Undiscounted returns (num_envs,) of the deterministic policy, one episode per environment.
-
-    The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
-    nothing else. At the steps in `forced` actions are uniformly random; the list `after` receives the observations
-    (num_running, obs_dim) of each step that follows.
-    """
-    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    returns, running, rng = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), np.random.default_rng(seed)
-    for step in itertools.count():
-        if after is not None and step >= forced.stop:
-            after.append(obs[running])
-        action = actor.act(torch.as_tensor(obs, dtype=torch.float32, device=data.obs.device)).cpu().numpy()
-        action = rng.uniform(-1, 1, action.shape) if step in forced else action
-        obs, reward, terminated, truncated, _ = envs.step(data.to_env_action(action))
-        returns += reward * running
-        running &= ~(terminated | truncated)
-        if not running.any():
-            return returns
-
-
-def displace(run: Path, actor, envs: gym.vector.VectorEnv, data: OfflineDataset, args: Args) -> None:
-    """displaced.csv: the final policy's return after 0, 5, 10 and 15 forced actions, half-way through its episodes.
-
-    The test of recovery by Zhang et al. 2022 and Jiang et al. 2023, whose step 500 is half of an episode that nothing
-    ends; here it is half of what the policy's median episode lasts. distance: from the observations of the 50 steps
-    that follow to the nearest of at most 50,000 logged ones, in standard deviations; nan where no episode got there.
-    """
-    seed, rows = [args.seed, args.num_updates], []
-    evaluate(actor, envs, data, seed, after=(undisturbed := []))
-    middle = sum(2 * len(obs) > envs.num_envs for obs in undisturbed) // 2
-    std, mean = torch.std_mean(data.obs, dim=0)
-    std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constants keep their unit
-    logged = (data.obs[:: math.ceil(len(data.obs) / 50_000)] - mean) / std
-    for num in (0, 5, 10, 15):
-        returns = evaluate(actor, envs, data, seed, range(middle, middle + num), after := [])
-        visited = torch.as_tensor(np.concatenate(after[:50] or [np.empty((0, len(std)))]), dtype=torch.float32)
-        distance = torch.cdist((visited.to(std.device) - mean) / std, logged).amin(dim=1).mean().item()
-        row = {"forced_actions": num, "step": middle, "return_mean": returns.mean(), "return_std": returns.std()}
-        rows.append(row | {"episodes": len(after[0]) if after else 0, "distance": distance})
-        print(f"displaced   by {num:>2} actions: return {returns.mean():8.1f}, distance to the data {distance:.3f}")
-    write_csv(run / "displaced.csv", rows)
-
-
-def film(actor, data: OfflineDataset, path: Path) -> None:
-    """One episode as a gif."""
-    try:
-        env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
-        evaluate(actor, gym.vector.SyncVectorEnv([lambda: env]), data, [0])
-        imageio.mimsave(path, env.render()[::2], duration=40, loop=0)
-    except Exception as error:  # no display, no driver: what it raises depends on the environment
-        print(f"video       none, {data.env_spec.id} cannot be rendered here ({error})")
-
-
-# --- Settings, the run's folder, checkpoints: plumbing, the same in every script ---
-def read_args() -> tuple[Args, list[str]]:
-    """Defaults, then TUNED or the resumed run's settings, then the command line; and a line on each non-default."""
-    args = tyro.cli(Args)
-    if args.resume:
-        config = Path(args.resume) / "config.json"
-        if not config.is_file():
-            raise InputError(f"no run to resume in {args.resume}: it has no config.json")
-        try:
-            saved = json.loads(config.read_text())
-            if saved["algo"] != ALGO:
-                raise InputError(f"{args.resume} is a run of {saved['algo']}.py: resume it with that script")
-            base, origin = asdict(Args(**saved["args"])) | {"resume": args.resume}, "the resumed run"
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{config} does not fit this script ({error}): start a new run") from None
-    else:
-        d4rl_name = f"d4rl/{Path(args.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
-        base, origin = TUNED.get(args.dataset) or TUNED.get(d4rl_name, {}), "TUNED for this dataset"
-    args, notes = tyro.cli(Args, default=replace(Args(), **base)), []
-    for field in fields(Args):
-        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
-        least, most = RANGES.get(field.name, (1 if type(value) is int else 0, math.inf))
-        if type(value) in (int, float) and not least <= value <= most:
-            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise InputError(f"{flag} must be {bounds}, not {value}")
-        if value != field.default or value != base.get(field.name, value):
-            notes.append(f"setting     {flag} {value} ({origin if base.get(field.name) == value else 'command line'})")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
-    return args, notes
-
-
-def make_run_folder(args: Args) -> Path:
-    """A new folder for a new run, the old one for a resumed run."""
-    name = f"{args.dataset.strip('/').replace('/', '-')}__{ALGO}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run = Path(args.resume or Path(args.run_dir) / (args.run_name or name))
-    if not args.resume and (run / "config.json").exists():
-        raise InputError(f"{run} already holds a run: go on with --resume {run}, or choose another --run-name")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json.tmp").touch()
-    except OSError as error:
-        raise InputError(f"cannot write to {run} ({error.strerror}): choose another --run-dir") from None
-    return run
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic: a kill leaves the old file or the new one."""
-    path.with_name(f"{path.name}.tmp").write_text(text)
-    os.replace(path.with_name(f"{path.name}.tmp"), path)
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    table = csv.DictWriter(text := io.StringIO(), list(rows[-1]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def write_config(run: Path, args: Args, data: OfflineDataset) -> None:
-    git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'  # through the shell: nobody must have git
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "minari")}
-    config = {"algo": ALGO, "args": asdict(args) | {"resume": ""}, "data_hash": data.data_hash, "data": data.source}
-    config |= {"versions": versions, "python": sys.version.split()[0], "commit": commit}
-    config["hardware"] = f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown CPU')}, {os.cpu_count()} cores"
-    config["hardware"] += f", {torch.cuda.get_device_name()}" if data.obs.is_cuda else ""
-    config["command"] = shlex.join(["python", f"algos/{ALGO}.py", *sys.argv[1:]])
-    write_text(run / "config.json", json.dumps(config, indent=2))
-
-
-def write_progress(run: Path, writer: SummaryWriter, history: list[dict]) -> None:
-    """The last row to TensorBoard, all rows to progress.csv."""
-    for name, value in history[-1].items():
-        writer.add_scalar(name, value, history[-1]["update"])
-    writer.flush()
-    write_csv(run / "progress.csv", history)
-
-
-def save_checkpoint(run: Path, agent: Agent, data: OfflineDataset, progress: dict) -> None:
-    cuda_rng = torch.cuda.get_rng_state() if data.obs.is_cuda else None
-    state = {"algo": ALGO, "data_hash": data.data_hash, "agent": agent.state_dict(), "progress": progress}
-    save(run / "checkpoint.pt", state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
-
-
-def load_checkpoint(run: Path, agent: Agent, data: OfflineDataset) -> dict:
-    """Puts everything back in place, the random states too, and returns the saved progress."""
-    try:
-        state = torch.load(run / "checkpoint.pt", map_location=data.obs.device, weights_only=True)
-        if (state["algo"], state["data_hash"]) != (ALGO, data.data_hash):
-            raise InputError(f"the checkpoint in {run} was made by another script or on other data: start a new run")
-        agent.load_state_dict(state["agent"])
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"the checkpoint in {run} cannot be resumed ({error}): start a new run") from None
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-    return state["progress"]
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc to keep what is freed. It hands large buffers back to Linux, which zeroes each page of the next ones.
-
-    At every update: up to a quarter of the time of a large one.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer in a mapping of its own
-
-
-def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """Of float32 products. "medium" on a CPU means oneDNN, on AMD twice as fast as the MKL of the other settings.
-
-    oneDNN rounds to bfloat16 only where the CPU has AMX; elsewhere it stays exact and is taken whatever the setting.
-    """
-    torch.set_float32_matmul_precision("medium")
-    if device.type != "cpu" or rounds_products(device):
-        torch.set_float32_matmul_precision(precision)
-
-
-def compiled(function: Callable, args: Args, device: torch.device) -> Callable:
-    """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had.
-
-    On a GPU it is a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites.
-    """
-    if not args.compile:
-        return function
-    dynamo = torch._dynamo
-    if not hasattr(dynamo.config, "trace_autograd_ops"):
-        print(f"compile     needs torch 2.13, this is {torch.__version__}: going on eagerly and slower")
-        return function
-    dynamo.config.trace_autograd_ops = True
-    mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
-
-    def call(*inputs: Tensor):
-        nonlocal graph
-        try:
-            graph = graph or torch.compile(function, fullgraph=True, mode=mode)
-            return graph(*inputs)
-        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
-            print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
-            graph = function
-            return function(*inputs)
-
-    return call
-
-
-def main(args: Args, notes: list[str]) -> None:
-    start = time.monotonic()
-    sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
-    run = make_run_folder(args)
-    print(f"run         {run}", *notes, sep="\n")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(args.num_threads or min(4, torch.get_num_threads()))
-    set_matmul_precision(args.matmul_precision, device)
-    keep_freed_memory()
+def main(args: Args) -> None:
+    run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-
-    # data, environment, model
-    data = load_dataset(args.dataset, device, args.env_id or None, args.successors == "classic")
-    print(data.summary())
+    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    run.open(data)
     if args.num_updates <= args.warm_start_updates:
         print("warm start  all of it: the critic will learn nothing, lower --warm-start-updates")
     saturated = (data.action.abs() > 0.999).float().mean().item()
     print(f"saturated   {saturated:.1%} of the logged actions' numbers lie within 0.001 of a bound")
-    real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
-    envs = make_envs(data, args.eval_episodes)
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
+    dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     terminal_fn = termination_fn(args.termination, data, args.seed)
-    ensemble = {"num_members": args.num_members, "num_elites": args.num_elites, "max_epochs": args.dynamics_max_epochs}
-    dynamics = load_or_fit(data, args.seed, **ensemble, path=args.dynamics, compile=lambda f: compiled(f, args, device))
 
-    # agent
-    agent = Agent(obs_dim, action_dim, args).to(device)
+    real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
+    agent = Agent(obs_dim, action_dim, args).to(run.device)
     agent.reward_range.copy_(reward_range(data.reward))
     model = agent, dynamics, terminal_fn
-    steps = [
-        compiled(lambda *inputs, improve=i: update(*model, *inputs, improve=improve, args=args), args, device)
-        for i in (False, True)
-    ]
-    policy, warm = agent.actor, {flag: torch.tensor(flag, device=device) for flag in (True, False)}
+    steps = {}  # without and with the policy's
+    for improve in (False, True):
+        steps[improve] = run.compiled(
+            lambda *inputs, improve=improve: update(*model, *inputs, improve=improve, args=args)
+        )
+    policy, warm = agent.actor, {flag: torch.tensor(flag, device=run.device) for flag in (True, False)}
     if args.num_candidates > 1:
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(args.num_candidates, agent.actor.noise_dim, generator=generator).to(device)
-        policy = BestOfCandidates(agent.critic, agent.actor, noise)
-    rows_per_rollout = args.rollout_batch_size * args.rollout_length
-    buffer = ModelBuffer(args.rollout_retain * rows_per_rollout, real_rows.shape[1], device)
-    progress = {"update": 0, "seconds": 0.0, "history": []}
-    if args.resume and (run / "checkpoint.pt").exists():
-        progress = load_checkpoint(run, agent, data)
-        buffer.restore(progress.pop("buffer"))
-    first, history = progress["update"], progress["history"]
-    start -= progress["seconds"]
-    write_config(run, args, data)
-    writer = SummaryWriter(run, purge_step=first + 1)
+        policy = BestOfCandidates(obs_dim, action_dim, args.noise_dim, args.num_candidates)
+        policy.critic, policy.actor = agent.critic, agent.actor
+        policy.noise.copy_(torch.randn(policy.noise.shape, generator=torch.Generator().manual_seed(args.seed)))
+        policy.to(run.device)
+    capacity = args.rollout_retain * args.rollout_batch_size * args.rollout_length
+    buffer = ModelBuffer(capacity, real_rows.shape[1]).to(run.device)
 
-    # the first Ctrl-C asks for a checkpoint after the current update, the second one ends at once
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    mark = first, time.monotonic()
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(initial=first, total=args.num_updates, desc=ALGO, unit="update", mininterval=interval, leave=False)
-
-    # training
-    for i in range(first + 1, args.num_updates + 1):
+    for i in run.updates(agent=agent, buffer=buffer):  # 1 .. num_updates, or from where a resumed run was
         after = i - 1 - args.warm_start_updates
         if after >= 0 and after % args.rollout_interval == 0:  # [5]
-            starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=device)]
+            starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
             buffer.add(rollout(dynamics, agent.actor, terminal_fn, starts, args))
         share = real_share(i, args)
+        run.note(model_buffer_size=buffer.size, real_share=share)
         batches = [sample_batch(real_rows, buffer, share, args) for _ in range(2)]
-        batches += [real_rows.index_select(0, torch.randint(len(real_rows), (2 * args.batch_size,), device=device))]
-        noise = draw_noise(agent.actor, obs_dim, args, device)
+        batches += [real_rows.index_select(0, torch.randint(len(real_rows), (2 * args.batch_size,), device=run.device))]
+        noise = draw_noise(agent.actor, obs_dim, args, run.device)
         info = steps[i % args.policy_interval == 0](*batches, warm[after < 0], *noise)
         if i % len(agent.losses) == 0:
             agent.loss_limit.copy_(next_loss_limit(agent.loss_limit, agent.losses))
-        bar.update()
-        if i % args.eval_interval == 0 or i == args.num_updates:
-            updates_per_second = (i - mark[0]) / (time.monotonic() - mark[1])
-            returns = evaluate(policy, envs, data, [args.seed, i]) if envs else np.array([math.nan])
-            row = {"update": i, "seconds": time.monotonic() - start, "updates_per_second": updates_per_second}
-            row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
-            row |= {"normalised_score": float(data.normalised_score(returns.mean())), "model_buffer_size": buffer.size}
-            row |= {"real_share": share}
-            history.append(row | {name: value.item() for name, value in info.items()})
-            write_progress(run, writer, history)
-            bar.write(
-                f"update {i:>9,}  return {returns.mean():8.1f} ± {returns.std():<6.1f}  normalised "
-                f"{row['normalised_score']:6.1f}  q {info['q']:8.1f}  "
-                f"D right {info['real_accuracy']:.0%} {info['fake_accuracy']:.0%}"
-            )
-            mark = i, time.monotonic()
-        if stop or i % args.checkpoint_interval == 0 or i == args.num_updates:
-            progress |= {"update": i, "seconds": time.monotonic() - start}
-            save_checkpoint(run, agent, data, progress | {"buffer": buffer.state()})
-        if stop:
-            bar.close()
-            print(f"stopped     after {i:,} updates; to go on: python {sys.argv[0]} --resume {run}")
-            sys.exit(130)
-    bar.close()
-
-    # what came out
-    box = {"action_low": torch.as_tensor(data.action_low), "action_high": torch.as_tensor(data.action_high)}
-    save(run / "policy.pt", {"actor": policy.state_dict(), **box, "config": (run / "config.json").read_text()})
-    if envs and history:
-        last, behaviour = history[-args.score_evals :], data.episode_returns.mean()
-        score = np.mean([row["return_mean"] for row in last])
-        last_mean, data_mean = f"mean of the last {len(last)} evaluations", "mean of the data's episodes"
-        for name, value, what in (("score", score, last_mean), ("behaviour", behaviour, data_mean)):
-            print(f"{name:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), {what}")
-    if envs and args.displace:
-        displace(run, policy, envs, data, args)
-    if envs and args.capture_video:
-        film(policy, data, run / "video.gif")
-    print(f"run         {run}\ncurves      tensorboard --logdir {args.run_dir}")
+        run.evaluate(policy, info, "q {q:8.1f}  D right {real_accuracy:.0%} {fake_accuracy:.0%}")
+    run.finish(policy)
 
 
 if __name__ == "__main__":
-    try:
-        main(*read_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: the same command starts again and reuses what is cached")
+    start(main, Args, TUNED)
