@@ -6,7 +6,11 @@ No model, no values: the policy is a regression of the logged actions on the obs
 
 optionally on the best episodes alone (--top-fraction 0.1 is the 10%BC of the literature). What a method cannot beat is
 not worth its critic or its model. td3_bc.py is this loss and a critic.
-Departures: [1] the paper clones with a transformer over whole episodes; this is the usual network of two layers.
+Rollouts end:      there are none.
+Gradient stops at: nothing; there is one network and one loss.
+Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1].
+Elites:            there is no ensemble.
+Departures: [network] the paper clones with a transformer over whole episodes; this is the usual network of two layers.
 Run: python algos/bc.py
      python algos/bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5 --top-fraction 0.1
 """
@@ -32,24 +36,27 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- The method ---
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of the actor [CORL]
     actor_lr: float = 3e-4  # [CORL]
     top_fraction: float = 1.0  # share of the episodes to imitate, those of highest return; 0.1 is 10%BC
 
 
 TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
-    "pendulum/random-v0": dict(num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000),
-}
+    "pendulum/random-v0": dict(
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, hidden_sizes=(64, 64),
+    ),
+}  # fmt: skip
 
 
 # --- Networks ---
 class Actor(nn.Module):
     """Deterministic policy on standardised observations, whose mean and deviation it keeps for acting on raw ones."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim), nn.Tanh())
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
@@ -90,22 +97,22 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim)  # [1]
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)  # [network]
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
 
 
 # --- Losses ---
 #     L_pi = mean |pi(s) - a|^2
-def actor_loss(actor, obs: Tensor, action: Tensor):
-    return (actor(obs) - action).square().mean(), {}
+def actor_loss(agent: Agent, obs: Tensor, action: Tensor) -> Tensor:
+    return (agent.actor(obs) - action).square().mean()
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows` ---
+# --- Update: rows as in `flat_rows` ---
 def update(agent: Agent, rows: Tensor, args: Args) -> dict[str, Tensor]:
     obs_dim = len(agent.actor.obs_mean)
     action_dim = rows.shape[1] - 2 * obs_dim - 2
     obs, action, *_ = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
-    loss_pi, _ = actor_loss(agent.actor, obs, action)
+    loss_pi = actor_loss(agent, obs, action)
     agent.actor_opt.minimize(loss_pi)
     return {"actor_loss": loss_pi.detach()}
 

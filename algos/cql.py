@@ -6,9 +6,14 @@ and the policy would go there, so the critic's loss has one more term, weighted 
     E_{s ~ D}[ log sum_a exp Q(s,a) ] - E_{s,a ~ D}[Q(s,a)]        conservative_gap()
 
 It lowers Q at all actions, most where Q is highest, and raises it at the logged ones. combo.py is this with a model.
-Departures: [1] the sum is an importance-weighted one over sampled actions, as in the authors' code. [2] The target
-entropy is -action_dim. [3] The actor's learning rate falls along a cosine and alpha stays below 1, as in mopo.py; no
-behaviour cloning in the first 40,000 updates. [4] As in the authors' code, the critic's target has no entropy.
+Rollouts end:      there are none.
+Gradient stops at: the proposals, the target in critic_loss; actor_loss moves the actor alone.
+Normalised:        actions to [-1, 1]; observations and rewards are not.
+Elites:            there is no ensemble.
+Departures: [lse] the sum is an importance-weighted one over sampled actions, as in the authors' code. [entropy] The
+target entropy is -action_dim. [cosine] The actor's learning rate falls along a cosine and alpha stays below 1, as in
+mopo.py; no behaviour cloning in the first 40,000 updates. [backup] As in the authors' code, the critic's target has no
+entropy.
 Run: python algos/cql.py
      python algos/cql.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -38,26 +43,28 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- SAC ---
-    hidden_layers: int = 3  # of 256 units, in actor and critics [CQL code]
+    hidden_sizes: tuple[int, ...] = (256, 256, 256)  # of actor and critics [CQL code]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [CQL code]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [3]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [CQL code]
     alpha_lr: float = 1e-4  # [CQL code]
-    max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
-    target_entropy: float | None = None  # by default -action_dim [2]
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     conservative_coef: float = 5.0  # w [CQL code: 5 or 10]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
     lse: Literal["all", "per-source"] = "all"  # over all 3 K actions, or a mean over K of those over 3 [OfflineRL-Kit]
+    backup_entropy: bool = False  # in the critic's target [backup]
     lagrange_threshold: float | None = None  # w then grows while a critic's gap is above it, else shrinks
 
 
 TUNED = {  # for the embedded default ours; elsewhere the defaults
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, conservative_coef=0.1,
-        actor_lr=3e-4, alpha_lr=3e-4, hidden_layers=2, num_samples=2,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+        conservative_coef=0.1, num_samples=2,
     ),
 }  # fmt: skip
 
@@ -79,11 +86,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -92,11 +99,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -140,8 +147,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -151,7 +158,7 @@ class Agent(nn.Module):
         self.kappa_opt = Adam([self.log_kappa], args.critic_lr)
 
 
-# --- The method: Eq. 4, [1] ---
+# --- The method: Eq. 4 ---
 #     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s), K of pi(.|s'), all of them actions at s
 @torch.no_grad()
 def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,67 +168,74 @@ def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tup
     return torch.stack([noise[0], action, next_action]), torch.stack([log_uniform, log_prob, next_log_prob])
 
 
-#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }
+#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }      [lse]
 def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse: str) -> Tensor:
-    """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_real). Returns a scalar."""
+    """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_logged). Returns a scalar."""
     assert q_samples.shape[1:] == log_density.shape
     soft_max = (q_samples - log_density).logsumexp(dim=(1, 2) if lse == "all" else 1)  # (2, rows) or (2, K, rows)
     return soft_max.flatten(1).mean(dim=1).sum() - q_data.mean(dim=1).sum()
 
 
 # --- Losses: SAC ---
-#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')                       [4]
+#     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-#           + w R
-def critic_loss(critic, target_critic, actor, batch, noise, gamma, samples, log_density, num_real, coef, lse):
-    """The first num_real rows of the batch are logged ones; samples, log_density: `proposals` for its last rows."""
+#           + w R,   and without alpha's term in y [backup]
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, _ = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
-    states = obs[-samples.shape[2] :].expand(*samples.shape[:3], -1)  # s, also for the actions of pi(.|s')
-    q = critic(torch.cat([obs, states.flatten(0, 2)]), torch.cat([action, samples.flatten(0, 2)]))
-    q, q_samples = q[:, : len(obs)], q[:, len(obs) :].unflatten(1, log_density.shape)  # (2, batch), (2, 3, K, rows)
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    samples, log_density = proposals(agent.actor, obs, next_obs, noise["proposals"])
+    states = obs.expand(*samples.shape[:3], -1)  # s, also for the actions of pi(.|s')
+    q = agent.critic(torch.cat([obs, states.flatten(0, 2)]), torch.cat([action, samples.flatten(0, 2)]))
+    q, q_samples = q[:, : len(obs)], q[:, len(obs) :].unflatten(1, log_density.shape)  # (2, batch), (2, 3, K, batch)
     assert target_q.shape == q.shape[1:]
-    gap = conservative_gap(q_samples, log_density, q[:, :num_real], lse)
+    gap = conservative_gap(q_samples, log_density, q, args.lse)
+    kappa = 1 if args.lagrange_threshold is None else agent.log_kappa.detach().exp().clamp(max=1e6)
     info = {"q": q.mean().detach(), "conservative_gap": gap.detach()}
-    return (q - target_q).square().mean(dim=1).sum() + coef * gap, info
+    return (q - target_q).square().mean(dim=1).sum() + kappa * args.conservative_coef * gap, info
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor):
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, rows: Tensor, noise: Tensor, proposal_noise: Tensor, args: Args) -> dict[str, Tensor]:
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows` ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    noise["proposals"] = torch.randn(3, args.num_samples, *shape, device=device)
+    noise["proposals"][0].uniform_(-1, 1)
+    return noise
+
+
+def update(agent: Agent, rows: Tensor, noise: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
-    proposed = proposals(agent.actor, obs, next_obs, proposal_noise)
-    coef = args.conservative_coef * agent.log_kappa.detach().exp().clamp(max=1e6)
-    nets = agent.critic, agent.target_critic, agent.actor
-    loss_q, info_q = critic_loss(*nets, batch, noise[0], args.gamma, *proposed, len(rows), coef, args.lse)
+    loss_q, info_q = critic_loss(agent, batch, noise, alpha * args.backup_entropy, args)
     agent.critic_opt.minimize(loss_q)
-    if args.lagrange_threshold is not None:
+    if args.lagrange_threshold is not None:  # w grows by the factor kappa:  L_kappa = kappa (threshold - R / 2)
         agent.kappa_opt.minimize(agent.log_kappa.exp() * (args.lagrange_threshold - info_q["conservative_gap"] / 2))
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
     # temperature
-    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [2]
-    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
+    agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -248,15 +262,13 @@ def main(args: Args) -> None:
 
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
-    step = run.compiled(lambda rows, noise, proposal_noise: update(agent, rows, noise, proposal_noise, args))
+    step = run.compiled(lambda rows, noise: update(agent, rows, noise, args))
 
     for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
-        if args.actor_lr_schedule == "cosine":  # [3]
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
-        proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=run.device)
-        proposal_noise[0].uniform_(-1, 1)
-        info = step(sample_batch(real_rows, args), noise, proposal_noise)
+        noise = draw_noise(action_dim, args, run.device)
+        info = step(sample_batch(real_rows, args), noise)
         run.evaluate(agent.actor, info, "q {q:8.1f}  gap {conservative_gap:.2f}")
     run.finish(agent.actor)
 

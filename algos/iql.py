@@ -6,7 +6,11 @@ actions, something between their mean and their best (Eq. 5):
     L_V = mean | tau_e - 1{u < 0} | u^2,   u = min_j Q'_j(s,a) - V(s)        value_loss()
 
 Q is regressed on r + gamma V(s'), and the policy imitates logged actions, the better ones more (Eq. 7).
-Departures: [1] V is updated first and Q last, as in the authors' code; the paper's Algorithm 1 has the policy last.
+Rollouts end:      there are none.
+Gradient stops at: Q' in value_loss, the target in critic_loss, the weights in actor_loss.
+Normalised:        rewards by the spread of returns (scale_rewards); actions to [-1, 1]; observations are not.
+Elites:            there is no ensemble.
+Departures: [order] V is updated first and Q last, as in the authors' code; the paper's Algorithm 1 has the policy last.
 Run: python algos/iql.py
      python algos/iql.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -36,7 +40,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- IQL ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [IQL code]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 3e-4  # [IQL code]
@@ -51,8 +55,10 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 
 TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
-    "pendulum/random-v0": dict(num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000),
-}
+    "pendulum/random-v0": dict(
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, hidden_sizes=(64, 64),
+    ),
+}  # fmt: skip
 
 
 # --- Networks ---
@@ -72,11 +78,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -85,11 +91,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Gaussian with its mean in (-1, 1), not squashed; its deviation is the same everywhere."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim), nn.Tanh())
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -106,11 +112,11 @@ class Actor(nn.Module):
 class Value(nn.Module):
     """V function: (batch, obs_dim) -> (batch,)"""
 
-    def __init__(self, obs_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -144,10 +150,10 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.value = Value(obs_dim, args.hidden_layers)
+        self.value = Value(obs_dim, args.hidden_sizes)
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
         self.critic_opt = Adam(list(self.critic.parameters()), args.critic_lr)
         self.value_opt = Adam(list(self.value.parameters()), args.value_lr)
@@ -155,52 +161,51 @@ class Agent(nn.Module):
 
 # --- The method ---
 #     L_V = mean | tau_e - 1{u < 0} | u^2,   u = min_j Q'_j(s,a) - V(s)                (Eq. 5)
-def value_loss(value, q: Tensor, obs: Tensor, expectile: float):
+def value_loss(agent: Agent, obs: Tensor, q: Tensor, args: Args):
     """q: min_j Q'_j(s,a) of the logged actions (batch,)"""
-    v = value(obs)  # (batch,)
+    v = agent.value(obs)  # (batch,)
     assert q.shape == v.shape
-    weight = (expectile - (q < v).to(q.dtype)).abs()
+    weight = (args.expectile - (q < v).to(q.dtype)).abs()
     return (weight * (q - v).square()).mean(), {"v": v.mean().detach()}
 
 
 # --- Losses ---
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2,   y = r + gamma (1 - d) V(s')                 (Eq. 6)
-def critic_loss(critic, value, batch, gamma):
+def critic_loss(agent: Agent, batch: list[Tensor], args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        target_q = reward + gamma * (1 - terminal) * value(next_obs)  # (batch,)
-    q = critic(obs, action)  # (2, batch)
+        target_q = reward + args.gamma * (1 - terminal) * agent.value(next_obs)  # (batch,)
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
 #     L_pi = - mean min( exp[ b (min_j Q'_j(s,a) - V(s)) ], max weight ) log pi(a|s)   (Eq. 7)
-def actor_loss(actor, advantage: Tensor, obs: Tensor, action: Tensor, inverse_temperature: float, max_weight: float):
-    """advantage (batch,), without gradient"""
-    weight = (inverse_temperature * advantage).exp().clamp(max=max_weight)
-    log_prob = actor.log_prob(obs, action)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, action: Tensor, q: Tensor, args: Args):
+    """q: as in `value_loss`"""
+    with torch.no_grad():
+        weight = (args.inverse_temperature * (q - agent.value(obs))).exp().clamp(max=args.max_weight)
+    log_prob = agent.actor.log_prob(obs, action)  # (batch,)
     assert weight.shape == log_prob.shape
     return -(weight * log_prob).mean(), {"log_prob": log_prob.mean().detach(), "weight": weight.mean()}
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows` ---
+# --- Update: rows as in `flat_rows` ---
 def update(agent: Agent, rows: Tensor, args: Args) -> dict[str, Tensor]:
     action_dim = len(agent.actor.log_std)
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
-    # value [1]
+    # value [order]
     with torch.no_grad():
         q = agent.target_critic(obs, action).amin(dim=0)  # (batch,)
-    loss_v, info_v = value_loss(agent.value, q, obs, args.expectile)
+    loss_v, info_v = value_loss(agent, obs, q, args)
     agent.value_opt.minimize(loss_v)
     # actor
-    with torch.no_grad():
-        advantage = q - agent.value(obs)
-    loss_pi, info_pi = actor_loss(agent.actor, advantage, obs, action, args.inverse_temperature, args.max_weight)
+    loss_pi, info_pi = actor_loss(agent, obs, action, q, args)
     agent.actor_opt.minimize(loss_pi)
     # critic
-    loss_q, info_q = critic_loss(agent.critic, agent.value, batch, args.gamma)
+    loss_q, info_q = critic_loss(agent, batch, args)
     agent.critic_opt.minimize(loss_q)
     # target critic
     with torch.no_grad():

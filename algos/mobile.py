@@ -7,10 +7,16 @@ values lie apart:
     U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_c Q'_c(s',a') ]        bellman_inconsistency()
 
 The critic's target is lower by beta U at simulated rows, with the U of the present target critics: it costs eight times
-the rest of the update, and nothing is stored with the rollouts. beta = 0 is offline MBPO, but for [1] and [2].
-As in the authors' code, [1] the critic's target has no entropy, [2] on gym-mujoco's sets it is never below 0, [3] the
-actor's learning rate falls along a cosine and alpha stays below 1, or is fixed, [4] B_i lacks the reward and gamma of a
-backup: what members think of the reward is left out, and beta takes the factor.
+the rest of the update, and nothing is stored with the rollouts. beta = 0 with --backup-entropy is offline MBPO.
+Rollouts end:      after h steps, or where terminal_fn says so.
+Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
+Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
+                   a row, and all 5 enter U.
+As in the authors' code, [backup] the critic's target has no entropy, [clamp] on gym-mujoco's sets it is never below 0,
+[cosine] the actor's learning rate falls along a cosine and alpha stays below 1, or is fixed, [value] B_i lacks the
+reward and gamma of a backup: what members think of the reward is left out, and beta takes the factor. [entropy] The
+target entropy is -action_dim.
 Run: python algos/mobile.py
      python algos/mobile.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -47,6 +53,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
+    dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
@@ -56,43 +63,38 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     rollout_length: int = 5  # h, model steps from each start state [1 or 5, by dataset: TUNED]
     rollout_retain: int = 5  # full rollouts that the model buffer holds [MOPO]
     # --- SAC ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics [MOPO]
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [MOPO]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [3]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [MOPO code]
     alpha_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
-    target_entropy: float | None = None  # by default -action_dim
-    fixed_alpha: float | None = None  # in place of a learned one, which the settings above are for [3] [TUNED]
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
+    fixed_alpha: float | None = None  # in place of a learned one, which the settings above are for [cosine] [TUNED]
     # --- The method ---
     penalty_coef: float = 1.0  # beta [0.1 to 5, by dataset: TUNED]
     num_samples: int = 10  # K, successors of every elite at a row [MOBILE code]
-    backup_entropy: bool = False  # in the critic's target [1]
-    clamp_target: bool = False  # a critic's target below 0 becomes 0 [2], even where returns are below 0 [TUNED]
+    backup_entropy: bool = False  # in the critic's target [backup]
+    clamp_target: bool = False  # a critic's target below 0 becomes 0 [clamp], even where returns are below 0 [TUNED]
 
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the authors' code
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, dynamics_max_epochs=30,
-        rollout_batch_size=5_000, penalty_coef=0.5, actor_lr=3e-4, alpha_lr=3e-4, num_samples=2,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
+        dynamics_hidden_size=128, dynamics_max_epochs=15, penalty_coef=0.5, num_samples=2,
     ),
 } | {
     dataset: dict(rollout_length=length, penalty_coef=coef, clamp_target=True, **rest)
     for name, (length, coef, rest) in {
-        "halfcheetah/random": (5, 0.5, {}),
-        "halfcheetah/medium": (5, 0.5, {}),
-        "halfcheetah/medium-replay": (5, 0.1, {}),
-        "halfcheetah/medium-expert": (5, 1.0, {"real_ratio": 0.5}),
-        "hopper/random": (5, 5.0, {}),
-        "hopper/medium": (5, 1.5, {"fixed_alpha": 0.2}),
-        "hopper/medium-replay": (5, 0.1, {"fixed_alpha": 0.2}),
-        "hopper/medium-expert": (5, 1.5, {}),
-        "walker2d/random": (5, 2.0, {}),
-        "walker2d/medium": (5, 0.5, {"dynamics_max_epochs": 30}),
-        "walker2d/medium-replay": (1, 0.5, {}),
-        "walker2d/medium-expert": (1, 1.5, {}),
+        "halfcheetah/random": (5, 0.5, {}), "halfcheetah/medium": (5, 0.5, {}),
+        "halfcheetah/medium-replay": (5, 0.1, {}), "halfcheetah/medium-expert": (5, 1.0, {"real_ratio": 0.5}),
+        "hopper/random": (5, 5.0, {}), "hopper/medium": (5, 1.5, {"fixed_alpha": 0.2}),
+        "hopper/medium-replay": (5, 0.1, {"fixed_alpha": 0.2}), "hopper/medium-expert": (5, 1.5, {}),
+        "walker2d/random": (5, 2.0, {}), "walker2d/medium": (5, 0.5, {"dynamics_max_epochs": 30}),
+        "walker2d/medium-replay": (1, 0.5, {}), "walker2d/medium-expert": (1, 1.5, {}),
     }.items()
     for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
@@ -115,11 +117,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -128,11 +130,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -176,8 +178,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -186,14 +188,14 @@ class Agent(nn.Module):
 
 
 # --- The method: Sec. 4 ---
-#     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K      [4]
+#     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K      [value]
 @torch.no_grad()
-def member_backups(dynamics, actor, target_critic, obs: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+def member_backups(agent: Agent, dynamics: Dynamics, obs: Tensor, action: Tensor, noise: Tensor) -> Tensor:
     """noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim). Returns B (num_elites, rows)."""
     model_noise, action_noise = noise.split([obs.shape[1] + 1, action.shape[1]], dim=-1)
     next_obs, _ = dynamics.sample_elites(obs, action, model_noise)  # (K, num_elites, rows, obs_dim)
     next_obs, action_noise = next_obs.flatten(0, 2), action_noise.flatten(0, 2)
-    next_q = target_critic(next_obs, actor(next_obs, action_noise)[0]).amin(dim=0)  # (K * num_elites * rows,)
+    next_q = agent.target_critic(next_obs, agent.actor(next_obs, action_noise)[0]).amin(dim=0)
     return next_q.view(noise.shape[:3]).mean(dim=0)
 
 
@@ -205,61 +207,67 @@ def bellman_inconsistency(backups: Tensor) -> Tensor:
 
 # --- Losses: SAC ---
 #     y   = r - beta U(s,a) + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
-#           without the U at logged rows, without alpha's term [1], and y at least 0 [2], as `update` and TUNED have it
+#           without the U at logged rows, without alpha's term [backup], and y at least 0 [clamp]
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, actor, alpha: Tensor, batch, noise, gamma: float, penalty: Tensor, clamp: bool):
+def critic_loss(agent: Agent, batch: list, noise: dict[str, Tensor], alpha: Tensor, penalty: Tensor, args: Args):
     """penalty: beta U, (batch,)."""
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, next_log_prob = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
-        target_q = reward - penalty + gamma * (1 - terminal) * next_q
-        target_q = target_q.clamp(min=0) if clamp else target_q
-    q = critic(obs, action)  # (2, batch)
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward - penalty + args.gamma * (1 - terminal) * next_q
+        target_q = target_q.clamp(min=0) if args.clamp_target else target_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:] == penalty.shape
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor):
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, dynamics: Dynamics, rows: Tensor, noise: Tensor, model_noise: Tensor, args: Args):
-    """model_noise: for `member_backups` of the last rows of the batch, which are simulated."""
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows`, the first real_ratio of them real ---
+def draw_noise(dynamics: Dynamics, action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    num_simulated = args.batch_size - int(args.real_ratio * args.batch_size)
+    shape = args.num_samples, len(dynamics.elites), num_simulated, dynamics.obs_dim + 1 + action_dim
+    noise["backups"] = torch.randn(shape, device=device)
+    return noise
+
+
+def update(agent: Agent, dynamics: Dynamics, rows: Tensor, noise: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     alpha = alpha if args.fixed_alpha is None else torch.full_like(alpha, args.fixed_alpha)
-    # inconsistency, of simulated rows
-    num_real = int(args.real_ratio * len(rows))
-    simulated = obs[num_real:], action[num_real:]
-    backups = member_backups(dynamics, agent.actor, agent.target_critic, *simulated, model_noise)
+    # inconsistency, of the simulated rows
+    num_real = int(args.real_ratio * args.batch_size)
+    backups = member_backups(agent, dynamics, obs[num_real:], action[num_real:], noise["backups"])
     inconsistency = bellman_inconsistency(backups)  # (batch - num_real,)
     penalty = F.pad(args.penalty_coef * inconsistency, (num_real, 0))  # (batch,)
     # critic
-    backup_alpha = alpha * args.backup_entropy
-    nets = agent.critic, agent.target_critic, agent.actor
-    loss_q, info_q = critic_loss(*nets, backup_alpha, batch, noise[0], args.gamma, penalty, args.clamp_target)
+    loss_q, info_q = critic_loss(agent, batch, noise, alpha * args.backup_entropy, penalty, args)
     agent.critic_opt.minimize(loss_q)
     info_q["inconsistency"] = inconsistency.mean()
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
     # temperature
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
     if args.fixed_alpha is None:
-        target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
-        agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+        agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -315,10 +323,9 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
     for obs in starts.split(len(starts) if starts.is_cuda else 1_000):
         for _ in range(args.rollout_length):
             action, _ = actor(obs, torch.randn(len(obs), action_dim, device=obs.device))
-            # every row is simulated by one elite, drawn anew at each step
-            order = torch.randperm(len(obs), device=obs.device)
+            order = torch.randperm(len(obs), device=obs.device)  # which elite simulates which row
             noise = torch.randn(len(obs), obs.shape[1] + 1, device=obs.device)
-            next_obs, reward = dynamics.step(obs, action, order, noise)
+            next_obs, reward, _ = dynamics.step(obs, action, order, noise)
             terminal = terminal_fn(obs, action, next_obs)
             rows.append(torch.cat([obs, action, reward[:, None], next_obs, terminal.float()[:, None]], dim=-1))
             obs = next_obs[~terminal]
@@ -326,14 +333,13 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
 
 
 def main(args: Args) -> None:
-    num_simulated = args.batch_size - int(args.real_ratio * args.batch_size)
-    if not num_simulated:
+    if int(args.real_ratio * args.batch_size) == args.batch_size:
         raise InputError(f"--real-ratio {args.real_ratio} leaves a batch without simulated rows, which pay the penalty")
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
     data = load_dataset(args.dataset, run.device, args.env_id or None)
     run.open(data)
-    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     if len(dynamics.elites) < 2:
@@ -344,19 +350,18 @@ def main(args: Args) -> None:
     agent = Agent(obs_dim, action_dim, args).to(run.device)
     capacity = args.rollout_retain * args.rollout_batch_size * args.rollout_length
     buffer = ModelBuffer(capacity, real_rows.shape[1]).to(run.device)
-    step = run.compiled(lambda rows, noise, model_noise: update(agent, dynamics, rows, noise, model_noise, args))
-    noise_shape = args.num_samples, len(dynamics.elites), num_simulated, obs_dim + 1 + action_dim
+    step = run.compiled(lambda rows, noise: update(agent, dynamics, rows, noise, args))
 
     for i in run.updates(agent=agent, buffer=buffer):  # 1 .. num_updates, or from where a resumed run was
         if (i - 1) % args.rollout_interval == 0:
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
-            buffer.add(rollout(dynamics, agent.actor, terminal_fn, starts, args))
+            rows = rollout(dynamics, agent.actor, terminal_fn, starts, args)
+            buffer.add(rows)
             run.note(model_buffer_size=buffer.size)
-        if args.actor_lr_schedule == "cosine":  # [3]
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
-        model_noise = torch.randn(noise_shape, device=run.device)
-        info = step(sample_batch(real_rows, buffer, args), noise, model_noise)
+        noise = draw_noise(dynamics, action_dim, args, run.device)
+        info = step(sample_batch(real_rows, buffer, args), noise)
         run.evaluate(agent.actor, info, "q {q:8.1f}  inconsistency {inconsistency:.3f}")
     run.finish(agent.actor)
 

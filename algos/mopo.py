@@ -7,9 +7,14 @@ would exploit that, so every simulated reward pays for the ensemble's own doubt 
     r~(s,a) = r^(s,a) - lambda * max_i || sigma_i(s,a) ||_2        penalized_reward()
 
 lambda = 0 is offline MBPO (Janner et al. 2019).
-Departures: [1] r^ is the reward that the sampled member samples, as in the authors' code; the paper says the mean.
-[2] The target entropy is -action_dim; the authors' code has -3 everywhere. [3] As in OfflineRL-Kit, the actor's
-learning rate falls along a cosine and alpha stays below 1.
+Rollouts end:      after h steps, or where terminal_fn says so.
+Gradient stops at: the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
+Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
+                   a row, and the penalty asks all 7.
+Departures: [sample] r^ is the reward that the sampled member samples, as in the authors' code; the paper says the mean.
+[entropy] The target entropy is -action_dim; the authors' code has -3 everywhere. [cosine] As in OfflineRL-Kit, the
+actor's learning rate falls along a cosine and alpha stays below 1.
 Run: python algos/mopo.py
      python algos/mopo.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -45,6 +50,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
+    dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
@@ -54,25 +60,25 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     rollout_length: int = 5  # h, model steps from each start state [1 or 5, by dataset: TUNED]
     rollout_retain: int = 5  # full rollouts that the model buffer holds [MOPO]
     # --- SAC ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics [MOPO]
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [MOPO]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [3]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [MOPO code]
     alpha_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
-    target_entropy: float | None = None  # by default -action_dim [2]
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     penalty_coef: float = 1.0  # lambda [0.5 to 5, by dataset: TUNED]; 0 is offline MBPO
-    penalty: Literal["aleatoric", "disagreement"] = "aleatoric"  # u: by predicted deviation or by distance
-    reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code, 1], or the mean [MOPO paper]
+    reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code], or the mean [MOPO paper]
 
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of OfflineRL-Kit
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, dynamics_max_epochs=30,
-        rollout_batch_size=5_000, penalty_coef=0.5, actor_lr=3e-4, alpha_lr=3e-4,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
+        dynamics_hidden_size=128, dynamics_max_epochs=15, penalty_coef=0.5,
     ),
 } | {
     dataset: dict(rollout_length=length, penalty_coef=coef)
@@ -102,11 +108,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -115,11 +121,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -163,8 +169,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -175,65 +181,62 @@ class Agent(nn.Module):
 # --- The method: Sec. 4.3 ---
 #     u(s,a)  = max_i || sigma_i(s,a) ||_2      over all members, the reward's deviation included
 #     r~(s,a) = r^(s,a) - lambda * u(s,a)
-def aleatoric_uncertainty(member_std: Tensor) -> Tensor:
-    """member_std: (num_members, batch, obs_dim + 1). Returns (batch,)."""
-    return member_std.norm(dim=-1).amax(dim=0)
-
-
-#     u(s,a)  = max_i || mu_i(s,a) - mean_j mu_j(s,a) ||_2      an option of the authors' code
-def disagreement(member_mean: Tensor) -> Tensor:
-    """member_mean: (num_members, batch, obs_dim). Returns (batch,)."""
-    return (member_mean - member_mean.mean(dim=0)).norm(dim=-1).amax(dim=0)
-
-
-def penalized_reward(reward: Tensor, uncertainty: Tensor, penalty_coef: float) -> Tensor:
-    """All (batch,)."""
+def penalized_reward(reward: Tensor, member_std: Tensor, penalty_coef: float) -> tuple[Tensor, Tensor]:
+    """reward: (batch,), member_std: (num_members, batch, obs_dim + 1). Returns r~ and u, both (batch,)."""
+    uncertainty = member_std.norm(dim=-1).amax(dim=0)
     assert reward.shape == uncertainty.shape
-    return reward - penalty_coef * uncertainty
+    return reward - penalty_coef * uncertainty, uncertainty
 
 
 # --- Losses: SAC ---
 #     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, actor, alpha: Tensor, batch: list[Tensor], noise: Tensor, gamma: float):
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, next_log_prob = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
-    q = critic(obs, action)  # (2, batch)
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor):
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, rows: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows`, the first real_ratio of them real ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    return noise
+
+
+def update(agent: Agent, rows: Tensor, noise: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
-    loss_q, info_q = critic_loss(agent.critic, agent.target_critic, agent.actor, alpha, batch, noise[0], args.gamma)
+    loss_q, info_q = critic_loss(agent, batch, noise, alpha, args)
     agent.critic_opt.minimize(loss_q)
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
     # temperature
-    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [2]
-    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
+    agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -281,29 +284,26 @@ def sample_batch(real_rows: Tensor, buffer: ModelBuffer, args: Args) -> Tensor:
 def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Tensor, args: Args):
     """From each start (batch, obs_dim) h steps, or up to the first terminal.
 
-    Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2) and their uncertainty (num,).
+    Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2).
+    Also the doubt about each, (num,).
     """
-    rows, uncertainties = [], []
+    rows = []
+    doubts = []
     action_dim = actor.net[-1].out_features // 2
     # on a CPU a thousand rows at a time, so that the ensemble's activations stay in its cache
     for obs in starts.split(len(starts) if starts.is_cuda else 1_000):
         for _ in range(args.rollout_length):
             action, _ = actor(obs, torch.randn(len(obs), action_dim, device=obs.device))
-            next_mean, reward_mean, std = dynamics.predict(obs, action)
-            # every row is simulated by one elite, drawn anew at each step
-            member = dynamics.elites[torch.randint(len(dynamics.elites), (len(obs),), device=obs.device)]
-            row = torch.arange(len(obs), device=obs.device)
-            noise = std[member, row] * torch.randn(len(obs), std.shape[-1], device=obs.device)  # (batch, obs_dim + 1)
-            next_obs = next_mean[member, row] + noise[:, :-1]
-            sampled_reward = reward_mean[member, row] + noise[:, -1]
-            reward = sampled_reward if args.reward_mode == "sample" else reward_mean.mean(dim=0)  # [1]
-            u = aleatoric_uncertainty(std) if args.penalty == "aleatoric" else disagreement(next_mean)
-            reward = penalized_reward(reward, u, args.penalty_coef)
+            order = torch.randperm(len(obs), device=obs.device)  # which elite simulates which row
+            noise = torch.randn(len(obs), obs.shape[1] + 1, device=obs.device)
+            next_obs, reward, (_, means, std) = dynamics.step(obs, action, order, noise, all_members=True)
+            reward = reward if args.reward_mode == "sample" else means.mean(dim=0)  # [sample]
+            reward, uncertainty = penalized_reward(reward, std, args.penalty_coef)
+            doubts.append(uncertainty)
             terminal = terminal_fn(obs, action, next_obs)
             rows.append(torch.cat([obs, action, reward[:, None], next_obs, terminal.float()[:, None]], dim=-1))
-            uncertainties.append(u)
             obs = next_obs[~terminal]
-    return torch.cat(rows), torch.cat(uncertainties)
+    return torch.cat(rows), torch.cat(doubts)
 
 
 def main(args: Args) -> None:
@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     data = load_dataset(args.dataset, run.device, args.env_id or None)
     run.open(data)
-    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     terminal_fn = termination_fn(args.termination, data, args.seed)
@@ -327,10 +327,11 @@ def main(args: Args) -> None:
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
             rows, uncertainty = rollout(dynamics, agent.actor, terminal_fn, starts, args)
             buffer.add(rows)
-            run.note(penalty_mean=uncertainty.mean(), penalty_max=uncertainty.max(), model_buffer_size=buffer.size)
-        if args.actor_lr_schedule == "cosine":  # [3]
+            run.note(model_buffer_size=buffer.size)
+            run.note(penalty_mean=uncertainty.mean(), penalty_max=uncertainty.max())
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
+        noise = draw_noise(action_dim, args, run.device)
         info = step(sample_batch(real_rows, buffer, args), noise)
         run.evaluate(agent.actor, info, "q {q:8.1f}  penalty {penalty_mean:.3f}")
     run.finish(agent.actor)

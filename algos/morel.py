@@ -8,10 +8,15 @@ happen, and there the model is no longer asked: in the pessimistic MDP the episo
     there the reward is -kappa = min_D r - offset, and the episode is over     PessimisticMDP
 
 What a policy earns there is roughly a lower bound of what it earns in truth; each evaluation logs the two side by side.
-Departures: the planner is SAC on short rollouts from all states of the data, that of mopo.py with its [2] and [3]; the
-paper's, a natural policy gradient on whole episodes, is morel_npg.py. [1] The members are Gaussians and the elites take
-turns at every step; in the paper they are deterministic and are asked one at a time. [4] The paper's rule: the authors'
-code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
+Rollouts end:      after h steps, where terminal_fn says so, and at an unknown (s,a).
+Gradient stops at: the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
+Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
+                   a row, and disc is taken among them.
+Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine];
+the paper's, a natural policy gradient on whole episodes, is morel_npg.py. [elites] The members are Gaussians and the
+elites take turns at every step; in the paper they are deterministic and are asked one at a time. [halt] The paper's
+rule: the authors' code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
 Run: python algos/morel.py
      python algos/morel.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -49,24 +54,25 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
+    dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
     real_ratio: float = 0.05  # share of real rows in a batch [MOPO]
     rollout_interval: int = 1_000  # updates between rollouts [MOPO]
     rollout_batch_size: int = 50_000  # start states of a rollout, drawn from the data [MOPO]
-    rollout_length: int = 5  # h, model steps from each start state [MOPO: 1 or 5, by dataset]
+    rollout_length: int = 5  # h, model steps from each start state [planner] [MOPO: 1 or 5, by dataset]
     rollout_retain: int = 5  # full rollouts that the model buffer holds [MOPO]
     # --- SAC ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics [MOPO]
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [MOPO]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [3]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [MOPO code]
     alpha_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
-    max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
-    target_entropy: float | None = None  # by default -action_dim [2]
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     threshold_coef: float = 5.0  # beta, deviations above the data's mean [ours: 99.5 % of the data are known then]
     halt_offset: float = 50.0  # -kappa lies so far below the data's smallest reward [30 to 200, by dataset: TUNED]
@@ -75,8 +81,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, J-MOReL's offsets
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, dynamics_max_epochs=30,
-        rollout_batch_size=5_000, threshold_coef=3.0, halt_offset=100.0, actor_lr=3e-4, alpha_lr=3e-4,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
+        dynamics_hidden_size=128, dynamics_max_epochs=15, threshold_coef=3.0, halt_offset=100.0,
     ),
 } | {
     dataset: dict(halt_offset=offset)
@@ -103,11 +110,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -116,11 +123,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -164,8 +171,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -201,19 +208,12 @@ class PessimisticMDP:
     halt_reward: float  # -kappa
 
     @torch.no_grad()
-    def step(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Returns reward (batch,), next_obs (batch, obs_dim), terminal and halted, bool (batch,)."""
-        next_mean, reward_mean, std = self.dynamics.predict(obs, action)
-        # every row is simulated by one elite, drawn anew at each step [1]
-        elites, device = self.dynamics.elites, obs.device
-        member = elites[torch.randint(len(elites), (len(obs),), device=device, generator=generator)]
-        row = torch.arange(len(obs), device=device)
-        noise = std[member, row] * torch.randn(len(obs), std.shape[-1], device=device, generator=generator)
-        next_obs = next_mean[member, row] + noise[:, :-1]
-        reward = reward_mean[member, row] + noise[:, -1]
-        halted = ~(discrepancy(next_mean[elites]) <= self.threshold)  # also where a prediction is no number
+    def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """As Dynamics.step. Returns next_obs (batch, obs_dim), reward (batch,), terminal and halted, bool (batch,)."""
+        next_obs, reward, (means, _, _) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
+        halted = ~(discrepancy(means[self.dynamics.elites]) <= self.threshold)  # also where a prediction is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
-        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [4]
+        return next_obs, torch.where(halted, self.halt_reward, reward), terminal, halted  # [halt]
 
 
 @torch.no_grad()
@@ -232,45 +232,52 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
 # --- Losses: SAC ---
 #     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, actor, alpha: Tensor, batch: list[Tensor], noise: Tensor, gamma: float):
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, next_log_prob = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
-    q = critic(obs, action)  # (2, batch)
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor):
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, rows: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows`, the first real_ratio of them real ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    return noise
+
+
+def update(agent: Agent, rows: Tensor, noise: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
-    loss_q, info_q = critic_loss(agent.critic, agent.target_critic, agent.actor, alpha, batch, noise[0], args.gamma)
+    loss_q, info_q = critic_loss(agent, batch, noise, alpha, args)
     agent.critic_opt.minimize(loss_q)
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
     # temperature
-    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [2]
-    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
+    agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -318,21 +325,26 @@ def sample_batch(real_rows: Tensor, buffer: ModelBuffer, args: Args) -> Tensor:
 def rollout(mdp: PessimisticMDP, actor: Actor, starts: Tensor, args: Args):
     """From each start (batch, obs_dim) h steps, or up to the first terminal.
 
-    Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2) and which of them were halted, bool (num,).
+    Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2).
+    Also the doubt about each, (num,).
     """
-    rows, halts = [], []
+    rows = []
+    doubts = []
     action_dim = actor.net[-1].out_features // 2
     # on a CPU a thousand rows at a time, so that the ensemble's activations stay in its cache
     for obs in starts.split(len(starts) if starts.is_cuda else 1_000):
         for _ in range(args.rollout_length):
             action, _ = actor(obs, torch.randn(len(obs), action_dim, device=obs.device))
-            reward, next_obs, terminal, halted = mdp.step(obs, action)
+            order = torch.randperm(len(obs), device=obs.device)  # which elite simulates which row
+            noise = torch.randn(len(obs), obs.shape[1] + 1, device=obs.device)
+            next_obs, reward, terminal, halted = mdp.step(obs, action, order, noise)
+            doubts.append(halted)
             rows.append(torch.cat([obs, action, reward[:, None], next_obs, terminal.float()[:, None]], dim=-1))
-            halts.append(halted)
             obs = next_obs[~terminal]
-    return torch.cat(rows), torch.cat(halts)
+    return torch.cat(rows), torch.cat(doubts)
 
 
+# --- Evaluation ---
 def initial_obs(data: OfflineDataset) -> Tensor:
     """The first observation of each episode, (num_episodes, obs_dim)."""
     return data.obs[data.episode_end.roll(1)]  # the last row ends an episode too
@@ -353,7 +365,9 @@ def evaluate_pessimistic(mdp: PessimisticMDP, actor: Actor, data: OfflineDataset
     obs = starts[torch.randint(len(starts), (num,), device=device, generator=generator)]
     returns, lengths, running = torch.zeros(num, device=device), torch.zeros(num), torch.arange(num, device=device)
     while len(running) and lengths.max() < steps:
-        reward, next_obs, terminal, _ = mdp.step(obs, actor.act(obs), generator)
+        order = torch.randperm(len(obs), device=device, generator=generator)
+        noise = torch.randn(len(obs), obs.shape[1] + 1, device=device, generator=generator)
+        next_obs, reward, terminal, _ = mdp.step(obs, actor.act(obs), order, noise)
         returns[running] += reward
         lengths[running.cpu()] += 1
         obs, running = next_obs[~terminal], running[~terminal]
@@ -365,7 +379,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     data = load_dataset(args.dataset, run.device, args.env_id or None)
     run.open(data)
-    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     terminal_fn = termination_fn(args.termination, data, args.seed)
@@ -382,11 +396,11 @@ def main(args: Args) -> None:
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
             rows, halted = rollout(mdp, agent.actor, starts, args)
             buffer.add(rows)
-            run.note(halt_rate=halted.double().mean(), rollout_mean=len(rows) / len(starts))
             run.note(model_buffer_size=buffer.size)
-        if args.actor_lr_schedule == "cosine":  # [3]
+            run.note(halt_rate=halted.double().mean(), rollout_mean=len(rows) / len(starts))
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
+        noise = draw_noise(action_dim, args, run.device)
         info = step(sample_batch(real_rows, buffer, args), noise)
         if run.evaluates():
             bound, lengths = evaluate_pessimistic(mdp, agent.actor, data, args.pessimistic_episodes, [args.seed, i])

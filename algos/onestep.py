@@ -6,10 +6,14 @@ No model, and no policy but the data's is ever evaluated. Q is that of the behav
 
 Then Q stays as it is and the policy improves on the behaviour once: as far as a KL divergence from it is worth
 (reverse-kl), by imitating the better actions (exp-weights), or by taking the best of a few of its actions (easy-bcq).
-Departures: [1] Twin Q, each with its own target; where a policy is improved, the smaller one (the authors' double-Q).
-[2] The policy starts as the behaviour model, whose divergence is in closed form, not sampled. [3] Rewards are scaled as
-in iql.py, so that one coefficient means the same in every dataset. [4] The noise of easy-bcq's candidates is fixed, so
-that acting is deterministic.
+Rollouts end:      there are none.
+Gradient stops at: pi_b, the target in critic_loss, the weights of exp-weights; a policy's loss moves the actor alone.
+Normalised:        rewards by the spread of returns (scale_rewards); actions to [-1, 1]; observations are not.
+Elites:            there is no ensemble.
+Departures: [twin] There are two Q, each with its own target; a policy is improved by the smaller one (the authors'
+double-Q). [init] The policy starts as the behaviour model, and [closed] their divergence is in closed form, not
+sampled. [rewards] Rewards are scaled as in iql.py, so that one coefficient means the same in every dataset. [fixed] The
+noise of easy-bcq's candidates is fixed, so that acting is deterministic.
 Run: python algos/onestep.py
      python algos/onestep.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -42,7 +46,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- SARSA ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [one-step code: (1024, 1024); also of pi_b]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [one-step code]
@@ -54,15 +58,15 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     inverse_temperature: float = 3.0  # w, of exp-weights; 0 is behaviour cloning
     max_weight: float = 100.0  # of a row in the imitation [one-step code]
     num_samples: int = 10  # actions of the behaviour: candidates of easy-bcq, or for V of exp-weights
-    reward_scale: Literal["returns", "none"] = "returns"  # returns: 1000 / (best - worst episode) [3]
+    reward_scale: Literal["returns", "none"] = "returns"  # returns: 1000 / (best - worst episode) [rewards]
     behaviour_updates: int = 50_000  # of pi_b
     behaviour_lr: float = 3e-4  # of pi_b's fit
 
 
 TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4,
-        behaviour_updates=5_000,
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, hidden_sizes=(64, 64),
+        actor_lr=3e-4, behaviour_updates=5_000,
     ),
 }  # fmt: skip
 
@@ -84,11 +88,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -97,11 +101,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -145,8 +149,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
         self.critic_opt = Adam(list(self.critic.parameters()), args.critic_lr)
@@ -176,34 +180,44 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std
     return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
 
 
-#     L_pi = mean [ - min_j Q_j(s,a) + c KL( pi(.|s) || pi_b(.|s) ) ],   a ~ pi(.|s) reparameterised     [1, 2]
-def reverse_kl_loss(critic, actor: Actor, behaviour: Actor, obs: Tensor, noise: Tensor, kl_coef: float):
-    action, _ = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
-    kl = gaussian_kl(*gaussian(actor, obs), *gaussian(behaviour, obs)).sum(dim=-1)
+def behaviour_kl(actor: Actor, behaviour: Actor, obs: Tensor) -> Tensor:
+    """KL( pi(.|s) || pi_b(.|s) ) per dimension of the action: (batch, action_dim)."""
+    (mean, log_std), (other_mean, other_log_std) = gaussian(actor, obs), gaussian(behaviour, obs)
+    return gaussian_kl(mean, log_std, other_mean, other_log_std)  # [closed]
+
+
+#     L_pi = mean [ - min_j Q_j(s,a) + c KL( pi(.|s) || pi_b(.|s) ) ],   a ~ pi(.|s) reparameterised
+def reverse_kl_loss(agent: Agent, behaviour: Actor, batch: list[Tensor], noise: dict[str, Tensor], args: Args):
+    obs = batch[0]
+    action, _ = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,) [twin]
+    kl = behaviour_kl(agent.actor, behaviour, obs).sum(dim=-1)
     assert q.shape == kl.shape
-    return (kl_coef * kl - q).mean(), {"q": q.mean().detach()}
+    return (args.kl_coef * kl - q).mean(), {"q": q.mean().detach()}
 
 
 #     L_pi = - mean min( exp[ w (min_j Q_j(s,a) - V(s)) ], max weight ) log pi(a|s),   V(s) = mean_k min_j Q_j(s,a_k)
-def exp_weights_loss(critic, actor: Actor, behaviour: Actor, obs, action, noise, inverse_temperature, max_weight):
-    """noise: (num_samples, batch, action_dim), of the a_k ~ pi_b(.|s)"""
+def exp_weights_loss(agent: Agent, behaviour: Actor, batch: list[Tensor], noise: dict[str, Tensor], args: Args):
+    obs, action, *_ = batch
     with torch.no_grad():
-        candidates, _ = behaviour(obs, noise)  # (num_samples, batch, action_dim)
-        v = critic(obs.expand(len(noise), -1, -1).flatten(0, 1), candidates.flatten(0, 1)).amin(dim=0)
-        q = critic(obs, action).amin(dim=0)  # (batch,)
-        weight = (inverse_temperature * (q - v.view(len(noise), -1).mean(dim=0))).exp().clamp(max=max_weight)
-    return -(weight * action_log_prob(actor, obs, action)).mean(), {"q": q.mean()}
+        candidates, _ = behaviour(obs, noise["candidates"])  # (num_samples, batch, action_dim)
+        states = obs.expand(len(candidates), -1, -1)
+        v = agent.critic(states.flatten(0, 1), candidates.flatten(0, 1)).amin(dim=0).view(len(candidates), -1)
+        q = agent.critic(obs, action).amin(dim=0)  # (batch,) [twin]
+        weight = (args.inverse_temperature * (q - v.mean(dim=0))).exp().clamp(max=args.max_weight)
+    log_prob = action_log_prob(agent.actor, obs, action)  # (batch,)
+    assert weight.shape == log_prob.shape
+    return -(weight * log_prob).mean(), {"q": q.mean()}
 
 
 #     pi(s) = argmax_k min_j Q_j(s,a_k),   a_k ~ pi_b(.|s)
 class EasyBCQ(nn.Module):
     """The policy of easy-bcq: no network of its own."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, num_samples: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...], num_samples: int):
         super().__init__()
-        self.critic, self.behaviour = (net(obs_dim, action_dim, hidden_layers) for net in (Critic, Actor))
-        self.register_buffer("noise", torch.zeros(num_samples, 1, action_dim))  # the same in every state [4]
+        self.critic, self.behaviour = (net(obs_dim, action_dim, hidden_sizes) for net in (Critic, Actor))
+        self.register_buffer("noise", torch.zeros(num_samples, 1, action_dim))  # the same in every state [fixed]
 
     def act(self, obs: Tensor) -> Tensor:
         """(batch, obs_dim) -> (batch, action_dim)"""
@@ -214,38 +228,45 @@ class EasyBCQ(nn.Module):
 
 
 # --- Losses: SARSA ---
-#     L_Q = sum_j mean ( Q_j(s,a) - r - gamma (1 - d) Q'_j(s',a') )^2                  [1]
-def critic_loss(critic, target_critic, batch, next_action: Tensor, gamma: float):
-    obs, action, reward, next_obs, terminal = batch
+#     L_Q = sum_j mean ( Q_j(s,a) - r - gamma (1 - d) Q'_j(s',a') )^2
+def critic_loss(agent: Agent, batch: list[Tensor], args: Args):
+    obs, action, reward, next_obs, terminal, next_action = batch
     with torch.no_grad():
-        target_q = reward + gamma * (1 - terminal) * target_critic(next_obs, next_action)  # (2, batch)
-    q = critic(obs, action)
+        next_q = agent.target_critic(next_obs, next_action)  # (2, batch) [twin]
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
-# --- Update: rows (batch, 2 obs_dim + 2 action_dim + 2) as in `sarsa_rows`, noise (num_samples, batch, action_dim) ---
-def update(agent: Agent, behaviour: Actor, rows: Tensor, noise: Tensor, improve: bool, args: Args) -> dict[str, Tensor]:
+# --- Update: rows as in `sarsa_rows` ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {"candidates": torch.randn(args.num_samples, *shape, device=device)}
+    noise["action"] = noise["candidates"][0]  # reverse-kl draws one action, exp-weights num_samples
+    return noise
+
+
+def update(agent: Agent, behaviour: Actor, rows: Tensor, noise: dict[str, Tensor], improve: bool, args: Args):
     """improve: the policy, by the critic as it is; else the critic."""
-    action_dim = noise.shape[-1]
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - 2 * action_dim - 2) // 2
     columns = rows.split([obs_dim, action_dim, 1, obs_dim, 1, action_dim], dim=-1)
     obs, action, reward, next_obs, terminal, next_action = columns
+    batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1), next_action]
     with torch.no_grad():
-        kl = gaussian_kl(*gaussian(agent.actor, obs), *gaussian(behaviour, obs)).sum(dim=-1).mean()
-    info = {"critic_loss": torch.full_like(kl, math.nan), "actor_loss": torch.full_like(kl, math.nan), "kl": kl}
+        kl = behaviour_kl(agent.actor, behaviour, obs).sum(dim=-1).mean()
+    nan = torch.full_like(kl, math.nan)
+    info = {"critic_loss": nan, "actor_loss": nan, "kl": kl}
     # actor
     if improve:
-        nets = agent.critic, agent.actor, behaviour
-        if args.improvement == "reverse-kl":
-            loss_pi, info_pi = reverse_kl_loss(*nets, obs, noise[0], args.kl_coef)
-        else:
-            loss_pi, info_pi = exp_weights_loss(*nets, obs, action, noise, args.inverse_temperature, args.max_weight)
+        improvement_loss = reverse_kl_loss if args.improvement == "reverse-kl" else exp_weights_loss
+        loss_pi, info_pi = improvement_loss(agent, behaviour, batch, noise, args)
         agent.actor_opt.minimize(loss_pi)
         return info | {"actor_loss": loss_pi.detach(), **info_pi}
     # critic
-    batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
-    loss_q, info_q = critic_loss(agent.critic, agent.target_critic, batch, next_action, args.gamma)
+    loss_q, info_q = critic_loss(agent, batch, args)
     agent.critic_opt.minimize(loss_q)
     # target critic
     with torch.no_grad():
@@ -288,10 +309,10 @@ def behaviour_model(data: OfflineDataset, args: Args, compile: Callable) -> Acto
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     return load_or_train(
         "behaviour model",
-        lambda: Actor(obs_dim, action_dim, args.hidden_layers),
+        lambda: Actor(obs_dim, action_dim, args.hidden_sizes),
         lambda net, rows, _: -action_log_prob(net, rows[:, :obs_dim], rows[:, obs_dim:]).mean(),
         torch.cat([data.obs, data.action], dim=-1), 0, data, args.seed, args.behaviour_updates, args.behaviour_lr,
-        {"hidden_layers": args.hidden_layers}, compile,
+        {"hidden_sizes": args.hidden_sizes}, compile,
     )  # fmt: skip
 
 
@@ -305,22 +326,19 @@ def main(args: Args) -> None:
 
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
-    agent.actor.load_state_dict(pi_b.state_dict())  # [2]
-    steps = {}  # without and with the policy's
-    for improve in (False, True):
-        steps[improve] = run.compiled(
-            lambda rows, noise, improve=improve: update(agent, pi_b, rows, noise, improve, args)
-        )
+    agent.actor.load_state_dict(pi_b.state_dict())  # [init]
+    # two graphs, the critic's step and the policy's
+    step = run.compiled(lambda rows, noise, improve: update(agent, pi_b, rows, noise, improve, args))
     policy, first_improvement = agent.actor, args.num_updates - int(args.policy_share * args.num_updates) + 1
     if args.improvement == "easy-bcq":
-        policy, first_improvement = EasyBCQ(obs_dim, action_dim, args.hidden_layers, args.num_samples), math.inf
+        policy, first_improvement = EasyBCQ(obs_dim, action_dim, args.hidden_sizes, args.num_samples), math.inf
         policy.critic, policy.behaviour = agent.critic, pi_b
         policy.noise.copy_(torch.randn(policy.noise.shape, generator=torch.Generator().manual_seed(args.seed)))
         policy.to(run.device)
 
     for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
-        noise = torch.randn(args.num_samples, args.batch_size, action_dim, device=run.device)
-        info = steps[i >= first_improvement](sample_batch(real_rows, args), noise)
+        noise = draw_noise(action_dim, args, run.device)
+        info = step(sample_batch(real_rows, args), noise, i >= first_improvement)
         run.evaluate(policy, info, "q {q:8.1f}  kl {kl:.3f}")
     run.finish(policy)
 

@@ -6,12 +6,17 @@ eps which action leads to the logged next state s'. Here the policy's loss is SA
     w * mean { log sum_a exp Q(s^,a)  -  Q(s^,a_I) },   a_I ~ I(.|s^,s')        conservative_gap()
 
 CQL's, but at s^: it lowers Q where the policy acts there, and raises it at the actions that lead back to the data.
-No code was released. As in osr.py: [1] I is fitted by the likelihood of logged actions, [2] its mean and its deviation
-have a head each, [3] beta is in standard deviations of the observations, and I reads them standardised, the change
-s' - s too. Choices: [4] the log-sum-exp, because the critic of OSR's code has it (--lowered mean: the policy's mean).
-The term replaces that code's at the logged (s,a), with its weight: with so small a beta both would be nearly the same.
-[5] One action of I a row, as there is one logged action. [6] The actor's learning rate falls along a cosine and alpha
-stays below 1; as in cql.py the critic's target has no entropy.
+Rollouts end:      there are none.
+Gradient stops at: the proposals, I and s^, the target in critic_loss; actor_loss moves the actor alone.
+Normalised:        I's inputs; actions to [-1, 1]; observations and rewards are not.
+Elites:            there is no ensemble.
+No code was released. Choices: [lowered] the log-sum-exp, because the critic of OSR's code has it; --lowered mean is the
+policy's mean. [replaced] The term stands in place of that code's at the logged (s,a), with its weight: with so small a
+beta both would be nearly the same. [single] One action of I a row, as there is one logged action. As in osr.py,
+[likelihood] I is fitted by the likelihood of logged actions, [heads] its mean and deviation have an output each,
+[scaled] beta is in standard deviations of the observations, and I reads them standardised, the change s' - s too. As
+in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup] the critic's
+target has none, [cosine] the actor's learning rate falls along a cosine and alpha stays below 1.
 Run: python algos/osr_v.py
      python algos/osr_v.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -40,36 +45,35 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
     seed: int = 0  # of every random number
-    num_updates: int = 1_000_000  # gradient steps
+    num_updates: int = 1_000_000  # gradient steps [OSR code: 4M]
     batch_size: int = 256  # rows in a gradient step
     # --- SAC ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [OSR code; also of networks fitted first]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [CQL code]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [6]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [CQL code]
     alpha_lr: float = 1e-4  # [CQL code]
-    max_alpha: float = 1.0  # upper bound of the temperature [6]; inf: none
-    target_entropy: float | None = None  # by default -action_dim
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     conservative_coef: float = 5.0  # w [OSR code, of CQL's term]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
-    lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or at the policy's [4]
+    lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or at pi's [lowered]
     raised: Literal["inverse", "logged"] = "inverse"  # Q(s^,a) at I's actions, or for comparison at the logged ones
+    backup_entropy: bool = False  # in the critic's target [backup]
     latent_dim: int = 32  # of the inverse model [OSR code]
     latent_coef: float = 0.5  # weight of its latent variable's KL [OSR code]
-    inverse_loss: Literal["likelihood", "squared"] = "likelihood"  # of logged actions, or of samples' errors [1]
-    std_head: Literal["own", "shared"] = "own"  # of the inverse model; shared: a function of its mean [2]
     inverse_updates: int = 50_000  # of the inverse model [OSR code: 7,812]
     inverse_lr: float = 1e-4  # of its fit [OSR code]
 
 
-TUNED = {  # for the embedded default a run of some minutes; elsewhere the defaults
+TUNED = {  # for the embedded default ours; elsewhere the defaults
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4, alpha_lr=3e-4,
-        conservative_coef=0.1, num_samples=2, inverse_updates=5_000, inverse_lr=1e-3,
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, conservative_coef=0.1,
+        actor_lr=3e-4, alpha_lr=3e-4, num_samples=2, hidden_sizes=(64, 64), inverse_updates=5_000, inverse_lr=1e-3,
     ),
 }  # fmt: skip
 
@@ -91,11 +95,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -104,11 +108,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -127,33 +131,32 @@ class Actor(nn.Module):
 class InverseModel(nn.Module):
     """I(a|s,s'): a normal before tanh, given a latent variable z that an encoder draws from (s,s')."""
 
-    def __init__(self, obs: Tensor, next_obs: Tensor, action_dim: int, latent_dim: int, shared_std: bool):
+    def __init__(self, obs: Tensor, next_obs: Tensor, action_dim: int, latent_dim: int, hidden_sizes: tuple[int, ...]):
         """obs, next_obs: the data's, (num_rows, obs_dim), for the scales."""
         super().__init__()
-        obs_dim, self.latent_dim, self.shared_std = obs.shape[1], latent_dim, shared_std
+        obs_dim, self.latent_dim = obs.shape[1], latent_dim
         for name, x in (("obs", obs), ("delta", next_obs - obs)):
             std, mean = torch.std_mean(x, dim=0)
             self.register_buffer(f"{name}_mean", mean)
             self.register_buffer(f"{name}_std", torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0))
 
-        def mlp(in_dim: int, hidden_layers: int, out_dim: int) -> nn.Sequential:
-            sizes = [in_dim] + [256] * hidden_layers
+        def mlp(in_dim: int, hidden_sizes: tuple[int, ...], out_dim: int) -> nn.Sequential:
+            sizes = [in_dim, *hidden_sizes]
             layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-            return nn.Sequential(*layers, nn.Linear(256, out_dim))
+            return nn.Sequential(*layers, nn.Linear(sizes[-1], out_dim))
 
-        self.encoder = mlp(2 * obs_dim, 3, 2 * latent_dim)
-        self.decoder = mlp(2 * obs_dim + latent_dim, 2, 2 * action_dim)
+        self.encoder = mlp(2 * obs_dim, hidden_sizes + hidden_sizes[-1:], 2 * latent_dim)  # one more [OSR code]
+        self.decoder = mlp(2 * obs_dim + latent_dim, hidden_sizes, 2 * action_dim)
 
     def forward(self, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(batch, obs_dim) twice, (batch, latent_dim) -> mean, log_std of a, mean, log_std of z: (batch, ...) each"""
         delta = (next_obs - obs - self.delta_mean) / self.delta_std
-        x = torch.cat([(obs - self.obs_mean) / self.obs_std, delta], dim=-1)  # [3]
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, delta], dim=-1)  # [scaled]
         latent_mean, latent_log_std = self.encoder(x).chunk(2, dim=-1)
         latent_log_std = latent_log_std.clamp(-5, 2)
         latent = latent_mean + latent_log_std.exp() * noise
         mean, log_std = self.decoder(torch.cat([x, latent], dim=-1)).chunk(2, dim=-1)
-        log_std = (mean if self.shared_std else log_std) - 1  # [2]
-        return mean, log_std.clamp(-5, 2), latent_mean, latent_log_std
+        return mean, (log_std - 1).clamp(-5, 2), latent_mean, latent_log_std  # [heads]
 
 
 class Adam(nn.Module):
@@ -184,8 +187,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -202,32 +205,30 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std
     return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
 
 
-#     L_I = - mean log I(a|s,s',z) + c mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi                    [1]
-def inverse_loss(inverse: InverseModel, obs, next_obs, action, noise, latent_coef: float, kind: str) -> Tensor:
-    """noise: (batch, latent_dim + action_dim), of z and, for the squared error, of the sampled action."""
-    latent_noise, action_noise = noise.split([inverse.latent_dim, action.shape[-1]], dim=-1)
-    mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, latent_noise)
-    if kind == "likelihood":
-        x = action.clamp(-0.999, 0.999).atanh()  # at the bounds themselves it would be infinite
-        error = (0.5 * ((x - mean) / log_std.exp()).square() + log_std).mean()  # and a constant
-    else:
-        error = (torch.tanh(mean + log_std.exp() * action_noise) - action).square().mean()
+#     L_I = - mean log I(a|s,s',z) + c mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi
+def inverse_loss(inverse: InverseModel, rows: Tensor, noise: Tensor, latent_coef: float) -> Tensor:
+    """rows: (batch, 2 obs_dim + action_dim), of s, s' and a; noise: (batch, latent_dim), xi."""
+    obs_dim = len(inverse.obs_mean)
+    obs, next_obs, action = rows.tensor_split([obs_dim, 2 * obs_dim], dim=-1)
+    mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, noise)
+    x = action.clamp(-0.999, 0.999).atanh()  # at the bounds themselves it would be infinite
+    error = (0.5 * ((x - mean) / log_std.exp()).square() + log_std).mean()  # and a constant [likelihood]
     zero = torch.zeros_like(latent_mean)
     return error + latent_coef * gaussian_kl(latent_mean, latent_log_std, zero, zero).mean()
 
 
-#     s^ = s + beta std(s) eps,   eps ~ N(0, 1)                                        [3]
+#     s^ = s + beta std(s) eps,   eps ~ N(0, 1)      [scaled]
 def perturb(obs: Tensor, obs_std: Tensor, noise: Tensor, noise_scale: float) -> Tensor:
     return obs + noise_scale * obs_std * noise
 
 
-#     a_I = tanh( mu_I + sigma_I xi ),   mu_I, sigma_I = I(s^, s', z)                  [5]
+#     a_I = tanh( mu_I + sigma_I xi ),   mu_I, sigma_I = I(s^,s',z)
 @torch.no_grad()
 def recovery_action(inverse: InverseModel, obs: Tensor, next_obs: Tensor, noise: Tensor) -> Tensor:
     """(batch, obs_dim) twice, noise (batch, latent_dim + action_dim), of z and of the action -> (batch, action_dim)"""
     latent_noise, action_noise = noise.tensor_split([inverse.latent_dim], dim=-1)
-    mean, log_std, *_ = inverse(obs, next_obs, latent_noise)
-    return torch.tanh(mean + log_std.exp() * action_noise)
+    mean, log_std, _, _ = inverse(obs, next_obs, latent_noise)
+    return torch.tanh(mean + log_std.exp() * action_noise)  # [single]
 
 
 #     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s), K of pi(.|s'), all of them actions at s
@@ -239,75 +240,84 @@ def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tup
     return torch.stack([noise[0], action, next_action]), torch.stack([log_uniform, log_prob, next_log_prob])
 
 
-#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }
+#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }      [lse]
 def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse: str) -> Tensor:
-    """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_real). Returns a scalar."""
+    """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_logged). Returns a scalar."""
     assert q_samples.shape[1:] == log_density.shape
     soft_max = (q_samples - log_density).logsumexp(dim=(1, 2) if lse == "all" else 1)  # (2, rows) or (2, K, rows)
     return soft_max.flatten(1).mean(dim=1).sum() - q_data.mean(dim=1).sum()
 
 
 # --- Losses: SAC ---
-#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')                       [6]
+#     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-#           + w R,   R at s^ with a_I in place of the logged action                    [4]
-def critic_loss(critic, target_critic, actor, batch, noise, gamma, perturbed, wanted, samples, log_density, coef, kind):
-    """perturbed: s^; wanted: the actions on which Q is raised there; samples, log_density: the `proposals` there"""
+#           + w R,   R at s^ with a_I in place of the logged action [replaced], and without alpha's term in y [backup]
+def critic_loss(agent: Agent, inverse: InverseModel, batch: list, noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, _ = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    perturbed, wanted = perturb(obs, agent.obs_std, noise["obs"], args.noise_scale), action
+    if args.raised == "inverse":
+        # an end without a logged successor has a copy of its state in next_obs: standing still would be wanted there
+        known = 1 - terminal * (next_obs == obs).all(dim=-1)  # (batch,)
+        answer = recovery_action(inverse, perturbed, next_obs, noise["inverse"])
+        wanted = torch.where(known[:, None] > 0, answer, action)
+    samples, log_density = proposals(agent.actor, perturbed, next_obs, noise["proposals"])
     states = perturbed.expand(*samples.shape[:3], -1)  # s^, also for the actions of pi(.|s')
-    q = critic(torch.cat([obs, perturbed, states.flatten(0, 2)]), torch.cat([action, wanted, samples.flatten(0, 2)]))
+    actions = torch.cat([action, wanted, samples.flatten(0, 2)])
+    q = agent.critic(torch.cat([obs, perturbed, states.flatten(0, 2)]), actions)
     q, q_wanted, q_samples = q.tensor_split([len(obs), 2 * len(obs)], dim=1)  # (2, batch) twice, (2, 3 K batch)
     q_samples = q_samples.unflatten(1, log_density.shape)  # (2, 3, K, batch)
     assert target_q.shape == q.shape[1:]
-    if kind == "lse":
+    if args.lowered == "lse":  # [lowered]
         gap = conservative_gap(q_samples, log_density, q_wanted, "all")
     else:
         gap = (q_samples[:, 1].mean(dim=(1, 2)) - q_wanted.mean(dim=1)).sum()  # of pi(.|s^) alone
     info = {"q": q.mean().detach(), "conservative_gap": gap.detach()}
-    return (q - target_q).square().mean(dim=1).sum() + coef * gap, info
+    return (q - target_q).square().mean(dim=1).sum() + args.conservative_coef * gap, info
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ],   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor):
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor):
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     return (alpha * log_prob - q).mean(), {"log_prob": log_prob.mean().detach()}
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, inverse: InverseModel, rows, noise, proposal_noise, obs_noise, inverse_noise, args: Args):
-    """obs_noise (batch, obs_dim), inverse_noise (batch, latent_dim + action_dim), normal."""
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows` ---
+def draw_noise(obs_dim: int, action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    noise["proposals"] = torch.randn(3, args.num_samples, *shape, device=device)
+    noise["proposals"][0].uniform_(-1, 1)
+    noise["obs"] = torch.randn(args.batch_size, obs_dim, device=device)
+    noise["inverse"] = torch.randn(args.batch_size, args.latent_dim + action_dim, device=device)
+    return noise
+
+
+def update(agent: Agent, inverse: InverseModel, rows: Tensor, noise: dict[str, Tensor], args: Args):
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
-    perturbed = perturb(obs, agent.obs_std, obs_noise, args.noise_scale)
-    wanted = action
-    if args.raised == "inverse":
-        # an end without a logged successor has a copy of its state in next_obs: standing still would be wanted there
-        known = 1 - terminal * (next_obs == obs).all(dim=-1, keepdim=True)
-        wanted = torch.where(known > 0, recovery_action(inverse, perturbed, next_obs, inverse_noise), action)
-    method = perturbed, wanted, *proposals(agent.actor, perturbed, next_obs, proposal_noise)
-    nets = agent.critic, agent.target_critic, agent.actor
-    loss_q, info_q = critic_loss(*nets, batch, noise[0], args.gamma, *method, args.conservative_coef, args.lowered)
+    loss_q, info_q = critic_loss(agent, inverse, batch, noise, alpha * args.backup_entropy, args)
     agent.critic_opt.minimize(loss_q)
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1])
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
     # temperature
-    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy
-    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
+    agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -329,19 +339,14 @@ def sample_batch(real_rows: Tensor, args: Args) -> Tensor:
 # --- Pre-training ---
 def inverse_model(data: OfflineDataset, args: Args, compile: Callable) -> InverseModel:
     """I(a|s,s'), fitted on rows whose successor is known."""
-    rows, (obs_dim, action_dim) = flat_rows(data)[data.successor_known], (data.obs.shape[1], data.action.shape[1])
-
-    def loss(net: InverseModel, rows: Tensor, noise: Tensor) -> Tensor:
-        obs, action, _, next_obs, _ = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
-        return inverse_loss(net, obs, next_obs, action, noise, args.latent_coef, args.inverse_loss)
-
-    settings = {name: getattr(args, name) for name in ("latent_dim", "latent_coef", "inverse_loss", "std_head")}
-    scales = rows[:, :obs_dim], rows[:, obs_dim + action_dim + 1 : -1]
+    obs, next_obs, action = (x[data.successor_known] for x in (data.obs, data.next_obs, data.action))
+    settings = {name: getattr(args, name) for name in ("latent_dim", "latent_coef", "hidden_sizes")}
     return load_or_train(
         "inverse model",
-        lambda: InverseModel(*scales, action_dim, args.latent_dim, args.std_head == "shared"),
-        loss, rows, args.latent_dim + action_dim, data, args.seed, args.inverse_updates, args.inverse_lr,
-        settings, compile,
+        lambda: InverseModel(obs, next_obs, action.shape[1], args.latent_dim, args.hidden_sizes),
+        lambda net, rows, noise: inverse_loss(net, rows, noise, args.latent_coef),
+        torch.cat([obs, next_obs, action], dim=-1), args.latent_dim, data, args.seed, args.inverse_updates,
+        args.inverse_lr, settings, compile,
     )  # fmt: skip
 
 
@@ -355,17 +360,13 @@ def main(args: Args) -> None:
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
     agent.obs_std.copy_(data.obs.std(dim=0))
-    step = run.compiled(lambda *inputs: update(agent, inverse, *inputs, args))
+    step = run.compiled(lambda rows, noise: update(agent, inverse, rows, noise, args))
 
     for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
-        if args.actor_lr_schedule == "cosine":  # [6]
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
-        proposal_noise = torch.randn(3, args.num_samples, args.batch_size, action_dim, device=run.device)
-        proposal_noise[0].uniform_(-1, 1)
-        obs_noise = torch.randn(args.batch_size, obs_dim, device=run.device)
-        inverse_noise = torch.randn(args.batch_size, args.latent_dim + action_dim, device=run.device)
-        info = step(sample_batch(real_rows, args), noise, proposal_noise, obs_noise, inverse_noise)
+        noise = draw_noise(obs_dim, action_dim, args, run.device)
+        info = step(sample_batch(real_rows, args), noise)
         run.evaluate(agent.actor, info, "q {q:8.1f}  gap {conservative_gap:.2f}")
     run.finish(agent.actor)
 

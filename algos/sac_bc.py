@@ -7,9 +7,14 @@ The policy then maximises Q, and pays for its distance to pi_b in the loss (thei
 
 Both are normals before tanh, so that the divergence has a closed form. --kl forward pays for - log pi(a|s) of logged
 actions in its place: behaviour cloning, without pi_b. osr.py and sdc.py constrain the same SAC by where actions lead.
-Departures: [1] SAC's part of the loss is divided by mean |Q|, as in td3_bc.py, so that one weight fits rewards of any
-scale. [2] The divergence is a mean over the action's dimensions. [3] As in cql.py, the target entropy is -action_dim,
-the critic's target has no entropy, the actor's learning rate falls along a cosine and alpha stays below 1.
+Rollouts end:      there are none.
+Gradient stops at: pi_b, mean |Q|, the target in critic_loss; actor_loss moves the actor alone.
+Normalised:        actions to [-1, 1]; observations and rewards are not.
+Elites:            there is no ensemble.
+Departures: [scale] SAC's part of the loss is divided by mean |Q|, as in td3_bc.py, so that one weight fits rewards of
+any scale. The divergence is [mean] a mean over the action's dimensions and [closed] in closed form, not sampled. As in
+cql.py, [entropy] the target entropy is -action_dim, [backup] the critic's target has no entropy, [cosine] the actor's
+learning rate falls along a cosine and alpha stays below 1.
 Run: python algos/sac_bc.py
      python algos/sac_bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -41,27 +46,28 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- SAC ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [also of pi_b]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic
     actor_lr: float = 1e-4  # [CQL code]
-    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [3]
+    actor_lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to zero over the run [cosine]
     critic_lr: float = 3e-4  # [CQL code]
     alpha_lr: float = 1e-4  # [CQL code]
-    max_alpha: float = 1.0  # upper bound of the temperature [3]; inf: none
-    target_entropy: float | None = None  # by default -action_dim [3]
+    max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
+    target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     bc_coef: float = 0.1  # lambda, weight of the divergence; 0 is SAC on logged rows
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || pi_b), or - log pi of logged actions
-    normalise_q: bool = True  # divide SAC's part by mean |Q| [1]
+    normalise_q: bool = True  # divide SAC's part by mean |Q| [scale]
+    backup_entropy: bool = False  # in the critic's target [backup]
     behaviour_updates: int = 50_000  # of pi_b
     behaviour_lr: float = 3e-4  # of pi_b's fit
 
 
 TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, actor_lr=3e-4, alpha_lr=3e-4,
-        behaviour_updates=5_000,
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, hidden_sizes=(64, 64),
+        actor_lr=3e-4, alpha_lr=3e-4, behaviour_updates=5_000,
     ),
 }  # fmt: skip
 
@@ -83,11 +89,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -96,11 +102,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Tanh-squashed Gaussian. The caller draws the standard normal noise, so that acting is a plain function."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 2 * action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, obs_dim), (..., batch, action_dim) -> action in (-1, 1), as the noise, and log_prob (..., batch)"""
@@ -144,8 +150,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -177,61 +183,74 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std
     return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
 
 
+def behaviour_kl(actor: Actor, behaviour: Actor, obs: Tensor) -> Tensor:
+    """KL( pi(.|s) || pi_b(.|s) ) per dimension of the action: (batch, action_dim)."""
+    (mean, log_std), (other_mean, other_log_std) = gaussian(actor, obs), gaussian(behaviour, obs)
+    return gaussian_kl(mean, log_std, other_mean, other_log_std)  # [closed]
+
+
 def divergence(actor: Actor, behaviour: Actor | None, obs: Tensor, action: Tensor, kl: str) -> Tensor:
     """A scalar. behaviour: None where the divergence is forward; action: logged (batch, action_dim)."""
-    # [2] the mean over the action's dimensions
     if kl == "forward":
-        return -action_log_prob(actor, obs, action).mean() / action.shape[-1]
-    return gaussian_kl(*gaussian(actor, obs), *gaussian(behaviour, obs)).mean()
+        return -action_log_prob(actor, obs, action).mean() / action.shape[-1]  # [mean]
+    return behaviour_kl(actor, behaviour, obs).mean()  # [mean]
 
 
 # --- Losses: SAC ---
-#     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' ~ pi(.|s')                       [3]
+#     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, actor, batch: list[Tensor], noise: Tensor, gamma: float):
+#           without alpha's term in y [backup]
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_action, _ = actor(next_obs, noise)
-        next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
-    q = critic(obs, action)  # (2, batch)
+        next_action, next_log_prob = agent.actor(next_obs, noise["next_action"])
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0) - alpha * next_log_prob  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
-#     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] / mean |Q| + lambda KL,   a ~ pi(.|s) reparameterised
-def actor_loss(critic, actor, alpha: Tensor, obs: Tensor, noise: Tensor, kl: Tensor, coef: float, normalise_q: bool):
+#     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] / mean |Q|,   a ~ pi(.|s) reparameterised
+#            + lambda KL
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, kl: Tensor, args: Args):
     """kl: the `divergence`, a scalar"""
-    action, log_prob = actor(obs, noise)
-    q = critic(obs, action).amin(dim=0)  # (batch,)
-    scale = 1 / q.abs().mean().detach() if normalise_q else 1.0  # [1]
+    action, log_prob = agent.actor(obs, noise["action"])
+    q = agent.critic(obs, action).amin(dim=0)  # (batch,)
+    scale = 1 / q.abs().mean().detach() if args.normalise_q else 1.0  # [scale]
     info = {"log_prob": log_prob.mean().detach(), "kl": kl.detach()}
-    return scale * (alpha * log_prob - q).mean() + coef * kl, info
+    return scale * (alpha * log_prob - q).mean() + args.bc_coef * kl, info
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]
-def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float):
-    return -log_alpha * (log_prob + target_entropy), {}
+def alpha_loss(agent: Agent, log_prob: Tensor, target_entropy: float) -> Tensor:
+    return -agent.log_alpha * (log_prob + target_entropy)
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (2, batch, action_dim) ---
-def update(agent: Agent, behaviour: Actor | None, rows: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    action_dim = noise.shape[-1]
+# --- Update: rows as in `flat_rows` ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {name: torch.randn(shape, device=device) for name in ("next_action", "action")}
+    return noise
+
+
+def update(agent: Agent, behaviour: Actor | None, rows: Tensor, noise: dict[str, Tensor], args: Args):
+    action_dim = noise["action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     alpha = agent.log_alpha.detach().exp().clamp(max=args.max_alpha)
     # critic
-    loss_q, info_q = critic_loss(agent.critic, agent.target_critic, agent.actor, batch, noise[0], args.gamma)
+    loss_q, info_q = critic_loss(agent, batch, noise, alpha * args.backup_entropy, args)
     agent.critic_opt.minimize(loss_q)
     # actor
     kl = divergence(agent.actor, behaviour, obs, action, args.kl)
-    method = kl, args.bc_coef, args.normalise_q
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, alpha, obs, noise[1], *method)
+    loss_pi, info_pi = actor_loss(agent, obs, noise, alpha, kl, args)
     agent.actor_opt.minimize(loss_pi)
     # temperature
-    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [3]
-    agent.alpha_opt.minimize(alpha_loss(agent.log_alpha, info_pi["log_prob"], target_entropy)[0])
+    target_entropy = -action_dim if args.target_entropy is None else args.target_entropy  # [entropy]
+    agent.alpha_opt.minimize(alpha_loss(agent, info_pi["log_prob"], target_entropy))
     # target critic
     with torch.no_grad():
         for target, param in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
@@ -256,10 +275,10 @@ def behaviour_model(data: OfflineDataset, args: Args, compile: Callable) -> Acto
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     return load_or_train(
         "behaviour model",
-        lambda: Actor(obs_dim, action_dim, args.hidden_layers),
+        lambda: Actor(obs_dim, action_dim, args.hidden_sizes),
         lambda net, rows, _: -action_log_prob(net, rows[:, :obs_dim], rows[:, obs_dim:]).mean(),
         torch.cat([data.obs, data.action], dim=-1), 0, data, args.seed, args.behaviour_updates, args.behaviour_lr,
-        {"hidden_layers": args.hidden_layers}, compile,
+        {"hidden_sizes": args.hidden_sizes}, compile,
     )  # fmt: skip
 
 
@@ -275,9 +294,9 @@ def main(args: Args) -> None:
     step = run.compiled(lambda rows, noise: update(agent, pi_b, rows, noise, args))
 
     for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
-        if args.actor_lr_schedule == "cosine":  # [3]
+        if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
-        noise = torch.randn(2, args.batch_size, action_dim, device=run.device)
+        noise = draw_noise(action_dim, args, run.device)
         info = step(sample_batch(real_rows, args), noise)
         run.evaluate(agent.actor, info, "q {q:8.1f}  kl {kl:.3f}")
     run.finish(agent.actor)

@@ -7,12 +7,19 @@ whose actions may have any distribution, must deceive D and maximise Q:
 
     L_pi = - c mean Q(s,pi(s)) / Qbar + L_G,   L_G = - mean log D(s,a) over the policy's pairs       actor_loss()
 
-D sees actions before their tanh. --gan wasserstein puts a critic with gradient penalty in its place.
-Departures: [1] In a model rollout every state gets an action of its own; in the released code all states of a chunk get
-the first one's. [2] The ensemble and its terminations are those of the other scripts, not learned heads of one network.
-[3] Evaluation acts with noise 0, not with the best of ten actions by Q. [4] Pairs whose episode ends weigh 0, and so do
-as many logged ones; the code drops them. [5] The model is first asked when the warm start is over: at the code's sizes
-earlier rows would have left the buffer before their first use.
+--gan wasserstein puts a critic with gradient penalty in D's place.
+Rollouts end:      after h steps, or where terminal_fn says so; the pairs that D sees after one step.
+Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar, the whole rollout; each loss moves
+                   one network alone.
+Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
+                   a row.
+As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, there about 8, gives
+itself away. Departures: [shared] In a model rollout every state gets an action of its own; in that code all states of a
+chunk get the first one's. [heads] The ensemble and its terminations are those of the other scripts, not learned heads
+of one network. [candidates] Evaluation acts with noise 0, not with the best of ten actions by Q. [weight] Pairs whose
+episode ends weigh 0, and so do as many logged ones; the code drops them. [warm] The model is first asked when the warm
+start is over: at the code's sizes earlier rows would have left the buffer before their first use.
 Run: python algos/sdm_gan.py
      python algos/sdm_gan.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -48,6 +55,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
+    dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
@@ -57,6 +65,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     rollout_length: int = 5  # h, model steps from each start state [1, 3 or 5, by dataset: TUNED]
     rollout_retain: int = 20  # full rollouts that the model buffer holds [SDM-GAN code]
     # --- Actor and critic ---
+    hidden_sizes: tuple[int, ...] = (400, 300)  # of actor and critics [SDM-GAN code; also of the discriminator]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic [SDM-GAN code, also of the target actor and Qbar]
     actor_lr: float = 2e-4  # [SDM-GAN code]
@@ -67,22 +76,20 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     q_coef: float = 10.0  # c, weight of Q against the discriminator [SDM-GAN code]
     noise_dim: int | None = None  # of the policy's noise; by default min(10, obs_dim // 2) [or 50, by dataset: TUNED]
     discriminator_lr: float = 2e-4  # [SDM-GAN code]
-    discriminator_input: Literal["raw", "squashed"] = "raw"  # actions before or after their tanh
     momentum: float = 0.4  # beta_1 of Adam, of policy and discriminator [SDM-GAN code]
     penalty_weight: float = 10.0  # of wasserstein's gradient penalty [SDM-GAN code]
     num_bootstrap: int = 50  # K, actions in the critic's target, each at its own perturbed state [SDM-GAN code]
     noise_scale: float = 3e-4  # sigma, of perturbed states, in raw units [SDM-GAN code]
     warm_start_updates: int = 40_000  # the first ones: no critic, the policy by L_G alone [SDM-GAN code]
     real_ratio_interval: int = 5_000  # updates after them between drops of the real share by 0.1 [SDM-GAN code]
-    rollout_action: Literal["per-state", "shared"] = "per-state"  # shared: the first state's for all [SDM-GAN code, 1]
-    num_candidates: int = 1  # at evaluation, Q_1's best is taken [SDM-GAN code: 10]; 1: noise 0 [3]
+    num_candidates: int = 1  # at evaluation, Q_1's best is taken [SDM-GAN code: 10]; 1: noise 0 [candidates]
 
 
-TUNED = {  # for the embedded default ours, a run of two minutes; elsewhere the released code's, by set whatever version
+TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the released code for v0
     "pendulum/random-v0": dict(
         num_updates=3_000, batch_size=128, eval_interval=250, score_evals=3, checkpoint_interval=1_500,
-        dynamics_max_epochs=30, rollout_batch_size=1_000, num_bootstrap=2, warm_start_updates=750,
-        real_ratio_interval=250,
+        hidden_sizes=(64, 64), dynamics_max_epochs=30, rollout_batch_size=1_000, num_bootstrap=2,
+        warm_start_updates=750, real_ratio_interval=250,
     ),
 } | {
     dataset: dict(rollout_length=length, rollout_batch_size=32_000 // length, noise_dim=noise_dim)
@@ -90,10 +97,8 @@ TUNED = {  # for the embedded default ours, a run of two minutes; elsewhere the 
         "halfcheetah/medium": (3, None), "halfcheetah/medium-replay": (3, 50), "halfcheetah/medium-expert": (3, None),
         "hopper/medium": (1, 50), "hopper/medium-replay": (1, 50), "hopper/medium-expert": (5, None),
         "walker2d/medium": (1, None), "walker2d/medium-replay": (5, 50), "walker2d/medium-expert": (5, 50),
-        "maze2d/umaze": (3, None), "maze2d/medium": (3, 50), "maze2d/large": (3, 50), "door/expert": (3, None),
-        "pen/cloned": (1, None), "pen/expert": (3, 50), "pen/human": (3, None),
     }.items()
-    for dataset in (f"{name}-v0", *(f"d4rl/{name.replace('/', '-')}-v{version}" for version in (0, 1, 2)))
+    for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
 
 
@@ -114,11 +119,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim, 400, 300]
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.LeakyReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, 300, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -127,12 +132,12 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Implicit policy: noise, drawn by the caller, goes in beside the observation and may shape any distribution."""
 
-    def __init__(self, obs_dim: int, action_dim: int, noise_dim: int | None = None):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...], noise_dim: int | None):
         super().__init__()
         self.noise_dim = noise_dim or max(1, min(10, obs_dim // 2))
-        sizes = [obs_dim + self.noise_dim, 400, 300]
+        sizes = [obs_dim + self.noise_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(300, action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim))
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """(batch, obs_dim), standard normal (batch, noise_dim) -> x (batch, action_dim); tanh(x) is the action"""
@@ -140,17 +145,17 @@ class Actor(nn.Module):
 
     def act(self, obs: Tensor) -> Tensor:
         """The deterministic policy: (batch, obs_dim) -> (batch, action_dim)"""
-        return torch.tanh(self(obs, obs.new_zeros(len(obs), self.noise_dim)))  # [3]
+        return torch.tanh(self(obs, obs.new_zeros(len(obs), self.noise_dim)))  # [candidates]
 
 
 class Discriminator(nn.Module):
     """(batch, obs_dim + action_dim) -> (batch,): the logit of "logged", or Wasserstein's potential."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim, 400, 300]
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(300, 1))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
     def forward(self, pairs: Tensor) -> Tensor:
         return self.net(pairs).squeeze(-1)
@@ -184,15 +189,16 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.noise_dim)
-        self.critic = Critic(obs_dim, action_dim)
-        self.discriminator = Discriminator(obs_dim, action_dim)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes, args.noise_dim)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
+        self.discriminator = Discriminator(obs_dim, action_dim, args.hidden_sizes)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_opt = SkippingAdam(list(self.actor.parameters()), args.actor_lr, args.momentum)
         self.critic_opt = SkippingAdam(list(self.critic.parameters()), args.critic_lr)
         adversary = list(self.discriminator.parameters())
         self.discriminator_opt = SkippingAdam(adversary, args.discriminator_lr, args.momentum)
+        self.register_buffer("warm", torch.tensor(True))  # whether the warm start goes on
         self.register_buffer("reward_range", torch.tensor([-math.inf, math.inf]))  # of the data
         self.register_buffer("q_average", torch.tensor(0.0))  # Qbar; 0: no batch yet
         self.register_buffer("loss_limit", torch.tensor(1_000.0))  # of the critic [SDM-GAN code]
@@ -212,19 +218,20 @@ def pre_tanh(action: Tensor) -> Tensor:
 
 
 #     F = { (s~,x) } u { (s',x') },   x = g(s~,xi),   s' ~ M(s~,tanh x) without gradient,   x' = g(s',xi')
-def policy_pairs(actor, dynamics, terminal_fn, obs, alive, obs_noise, noise, order, model_noise, noise_scale: float):
-    """obs, obs_noise: (batch, obs_dim), alive: (batch,), noise: (2, batch, noise_dim), the next as in Dynamics.step.
+def policy_pairs(actor: Actor, dynamics: Dynamics, terminal_fn: Callable, rows: Tensor, noise: dict, args: Args):
+    """rows: flat, whose states count, but not those of terminal rows.
 
     Returns obs (2 batch, obs_dim), x (2 batch, action_dim) and weight (2 batch,), 0 for pairs that do not count.
     """
-    near = jitter(obs, obs_noise, noise_scale)
-    raw = actor(near, noise[0])
+    obs, alive = rows[:, : noise["pair_obs"].shape[-1]], 1 - rows[:, -1]
+    near = jitter(obs, noise["pair_obs"], args.noise_scale)
+    raw = actor(near, noise["pair_action"][0])
     with torch.no_grad():
         action = torch.tanh(raw)
-        next_obs, _ = dynamics.step(near, action, order, model_noise)
+        next_obs, _, _ = dynamics.step(near, action, noise["order"], noise["model"])  # [heads]
         next_alive = alive * (~terminal_fn(near, action, next_obs)).to(alive.dtype)
-    next_raw = actor(next_obs, noise[1])
-    return torch.cat([near, next_obs]), torch.cat([raw, next_raw]), torch.cat([alive, next_alive])  # [4]
+    next_raw = actor(next_obs, noise["pair_action"][1])
+    return torch.cat([near, next_obs]), torch.cat([raw, next_raw]), torch.cat([alive, next_alive])  # [weight]
 
 
 def mean_over(weight: Tensor, value: Tensor) -> Tensor:
@@ -263,11 +270,13 @@ def gradient_penalty(discriminator, pairs: Tensor) -> Tensor:
 
 #     q = mean_k [ 0.75 min_j Q'_j(s~_k,a_k) + 0.25 max_j Q'_j(s~_k,a_k) ],   a_k ~ pi'(.|s~_k),   0 where |q| >= 2000
 #     s~_1 .. s~_K-1 as above around s',   s~_K = s'
-def bootstrapped_value(target_critic, target_actor, next_obs, obs_noise, noise, noise_scale: float) -> Tensor:
-    """next_obs: (batch, obs_dim), obs_noise: (K - 1, batch, obs_dim), noise: (K, batch, noise_dim). Returns (batch,)"""
-    near = torch.cat([jitter(next_obs, obs_noise, noise_scale), next_obs[None]]).flatten(0, 1)  # (K batch, obs_dim)
-    q = target_critic(near, torch.tanh(target_actor(near, noise.flatten(0, 1))))  # (2, K batch)
-    q = (0.75 * q.amin(dim=0) + 0.25 * q.amax(dim=0)).unflatten(0, noise.shape[:2]).mean(dim=0)  # (batch,)
+def bootstrapped_value(agent: Agent, next_obs: Tensor, noise: dict[str, Tensor], args: Args) -> Tensor:
+    """next_obs: (batch, obs_dim). Returns (batch,)."""
+    near = jitter(next_obs, noise["next_obs"], args.noise_scale)  # (K - 1, batch, obs_dim)
+    near = torch.cat([near, next_obs[None]]).flatten(0, 1)  # (K batch, obs_dim)
+    q = agent.target_critic(near, torch.tanh(agent.target_actor(near, noise["next_action"].flatten(0, 1))))
+    q = 0.75 * q.amin(dim=0) + 0.25 * q.amax(dim=0)  # (K batch,)
+    q = q.unflatten(0, (-1, len(next_obs))).mean(dim=0)  # (batch,)
     return torch.where(q.abs() < 2_000, q, 0.0)
 
 
@@ -292,9 +301,10 @@ def real_share(update: int, args: Args) -> float:
 class BestOfCandidates(nn.Module):
     """The policy at evaluation where num_candidates is not 1; the noise is the same in every state."""
 
-    def __init__(self, obs_dim: int, action_dim: int, noise_dim: int | None, num_candidates: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple, noise_dim: int | None, num_candidates: int):
         super().__init__()
-        self.critic, self.actor = Critic(obs_dim, action_dim), Actor(obs_dim, action_dim, noise_dim)
+        self.critic = Critic(obs_dim, action_dim, hidden_sizes)
+        self.actor = Actor(obs_dim, action_dim, hidden_sizes, noise_dim)
         self.register_buffer("noise", torch.zeros(num_candidates, self.actor.noise_dim))
 
     def act(self, obs: Tensor) -> Tensor:
@@ -308,76 +318,83 @@ class BestOfCandidates(nn.Module):
 # --- Losses ---
 #     y   = clip(r) + gamma (1 - d) q(s')
 #     L_Q = sum_j mean H( Q_j(s,a) - y ),   H: squared error / 2, linear beyond 500
-def critic_loss(critic, target_critic, target_actor, batch, obs_noise, noise, gamma, noise_scale, reward_range):
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        next_q = bootstrapped_value(target_critic, target_actor, next_obs, obs_noise, noise, noise_scale)
-        target_q = reward.clamp(*reward_range) + gamma * (1 - terminal) * next_q
-    q = critic(obs, action)  # (2, batch)
+        low, high = agent.reward_range
+        target_q = reward.clamp(low, high) + args.gamma * (1 - terminal) * bootstrapped_value(agent, next_obs, noise, args)
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     loss = F.huber_loss(q, target_q.expand_as(q), reduction="none", delta=500.0).mean(dim=1).sum()
     return loss, {"q": q.mean().detach()}
 
 
 #     L_pi = - c mean min_j Q_j(s,pi(s)) / Qbar + L_G,   in the warm start L_G
-def actor_loss(q: Tensor, q_average: Tensor, loss_g: Tensor, warm: Tensor, q_coef: float):
-    """q: min_j Q_j(s,pi(s)), (batch,); q_average: Qbar, without gradient; warm: bool scalar"""
-    loss = loss_g - torch.where(warm, 0.0, q_coef / q_average) * q.mean()
-    return loss, {"generator_loss": loss_g.detach()}
-
-
-# --- Update: rows, state_rows (batch, 2 obs_dim + action_dim + 2), logged_rows (2 batch, ...) as in `flat_rows` ---
-def draw_noise(actor: Actor, obs_dim: int, args: Args, device: torch.device) -> list[Tensor]:
-    """For the critic's target, for the policy's value, for the pairs, for the discriminator's loss."""
-    batch, k = args.batch_size, args.num_bootstrap
-    target = [torch.randn(k - 1, batch, obs_dim, device=device), torch.randn(k, batch, actor.noise_dim, device=device)]
-    value = [torch.randn(batch, actor.noise_dim, device=device)]
-    pairs = [torch.randn(batch, obs_dim, device=device), torch.randn(2, batch, actor.noise_dim, device=device)]
-    pairs += [torch.randperm(batch, device=device), torch.randn(batch, obs_dim + 1, device=device)]
-    return [*target, *value, *pairs, torch.rand(2 * batch, device=device)]
-
-
-def update(agent: Agent, dynamics, terminal_fn, rows, state_rows, logged_rows, warm, *noise, improve: bool, args: Args):
-    """warm: bool scalar, in the warm start; noise: `draw_noise`; improve: also the policy, one in policy_interval."""
-    target_obs_noise, target_noise, value_noise, *pair_noise, uniform = noise
-    obs_dim, always = pair_noise[0].shape[-1], torch.ones_like(warm)
-    action_dim = rows.shape[1] - 2 * obs_dim - 2
-    obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
-    batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
-    # critic
-    nets = agent.critic, agent.target_critic, agent.target_actor
-    method = target_obs_noise, target_noise, args.gamma, args.noise_scale, agent.reward_range
-    loss_q, info_q = critic_loss(*nets, batch, *method)
-    agent.critic_opt.minimize(loss_q, ~warm & (loss_q < agent.loss_limit))
-    # pairs of the policy and of the data
-    state_obs, alive = state_rows[:, :obs_dim], 1 - state_rows[:, -1]
-    nets = agent.actor, dynamics, terminal_fn
-    fake_obs, raw, weight = policy_pairs(*nets, state_obs, alive, *pair_noise, args.noise_scale)
-    logged_obs, logged_action = logged_rows[:, :obs_dim], logged_rows[:, obs_dim : obs_dim + action_dim]
-    if args.discriminator_input == "raw":
-        fake_pairs, real_pairs = torch.cat([fake_obs, raw], -1), torch.cat([logged_obs, pre_tanh(logged_action)], -1)
-    else:
-        fake_pairs, real_pairs = torch.cat([fake_obs, torch.tanh(raw)], -1), torch.cat([logged_obs, logged_action], -1)
-    # actor
-    loss_g = generator_loss(agent.discriminator(fake_pairs), weight, args.gan)
-    q = agent.critic(obs, torch.tanh(agent.actor(obs, value_noise))).amin(dim=0)  # (batch,)
+#     Qbar: a running mean of |min_j Q_j(s,pi(s))|, at first that of the batch
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], loss_g: Tensor, args: Args):
+    q = agent.critic(obs, torch.tanh(agent.actor(obs, noise["action"]))).amin(dim=0)  # (batch,)
     q_size = q.abs().mean().detach()
     q_average = torch.where(agent.q_average > 0, agent.q_average, q_size)
-    loss_pi, info_pi = actor_loss(q, q_average, loss_g, warm, args.q_coef)
-    slope = torch.full_like(q_size, math.nan)
+    loss = loss_g - torch.where(agent.warm, 0.0, args.q_coef / q_average) * q.mean()
+    return loss, {"generator_loss": loss_g.detach(), "q_average": q_average, "q_size": q_size}
+
+
+def discriminator_loss(agent: Agent, real: Tensor, fake: Tensor, weight: Tensor, noise: dict, args: Args):
+    """real, fake: pairs of the data and the policy, (rows, obs_dim + action_dim), without gradient; weight: (rows,)."""
+    real_out, fake_out = agent.discriminator(real), agent.discriminator(fake)  # (rows,)
+    if args.gan == "js":
+        loss = js_loss(real_out, fake_out, weight, 0.8 + 0.2 * noise["uniform"])
+        middle = math.log(0.45 / 0.55)  # D where both are alike: half the labels' mean
+    else:
+        penalty = gradient_penalty(agent.discriminator, torch.lerp(fake, real, noise["uniform"][:, None]))
+        loss = wasserstein_loss(real_out, fake_out, weight, penalty, args.penalty_weight)
+        middle = 0.5 * (mean_over(weight, real_out) + mean_over(weight, fake_out)).detach()
+    info = {"real_accuracy": mean_over(weight, (real_out > middle).float())}
+    return loss, info | {"fake_accuracy": mean_over(weight, (fake_out <= middle).float())}
+
+
+# --- Update: rows as in `flat_rows` ---
+def draw_noise(obs_dim: int, noise_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    batch, k = args.batch_size, args.num_bootstrap
+    noise = {"next_obs": torch.randn(k - 1, batch, obs_dim, device=device)}
+    noise["next_action"] = torch.randn(k, batch, noise_dim, device=device)
+    noise["action"] = torch.randn(batch, noise_dim, device=device)
+    noise["pair_obs"] = torch.randn(batch, obs_dim, device=device)
+    noise["pair_action"] = torch.randn(2, batch, noise_dim, device=device)
+    noise["order"] = torch.randperm(batch, device=device)  # which elite simulates which row
+    noise["model"] = torch.randn(batch, obs_dim + 1, device=device)
+    noise["uniform"] = torch.rand(2 * batch, device=device)
+    return noise
+
+
+def update(agent: Agent, model: tuple, rows: dict[str, Tensor], noise: dict[str, Tensor], improve: bool, args: Args):
+    """model: dynamics and terminal_fn; improve: also the policy, in one update of policy_interval.
+
+    rows: of the critic's batch, of the states of the policy's pairs (batch, ...), of the logged pairs (2 batch, ...).
+    """
+    obs_dim, always = noise["pair_obs"].shape[-1], torch.ones_like(agent.warm)
+    action_dim = rows["critic"].shape[1] - 2 * obs_dim - 2
+    obs, action, reward, next_obs, terminal = rows["critic"].split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
+    batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
+    # critic
+    loss_q, info_q = critic_loss(agent, batch, noise, args)
+    small = loss_q < agent.loss_limit
+    agent.critic_opt.minimize(loss_q, small & ~agent.warm)
+    # pairs of the policy and of the data
+    dynamics, terminal_fn = model
+    fake_obs, raw, weight = policy_pairs(agent.actor, dynamics, terminal_fn, rows["states"], noise, args)
+    logged_obs, logged_action, _ = rows["logged"].split([obs_dim, action_dim, obs_dim + 2], dim=-1)
+    fake, real = torch.cat([fake_obs, raw], dim=-1), torch.cat([logged_obs, pre_tanh(logged_action)], dim=-1)  # [raw]
+    # actor
+    loss_g = generator_loss(agent.discriminator(fake), weight, args.gan)
+    loss_pi, info_pi = actor_loss(agent, obs, noise, loss_g, args)
+    slope = torch.full_like(loss_g, math.nan)
     if improve:
         slope = torch.autograd.grad(loss_g, raw, retain_graph=True)[0].norm()  # what the policy learns from D
         agent.actor_opt.minimize(loss_pi, always)
     # discriminator
-    fake_pairs = fake_pairs.detach()
-    real, fake = agent.discriminator(real_pairs), agent.discriminator(fake_pairs)
-    if args.gan == "js":
-        loss_d = js_loss(real, fake, weight, 0.8 + 0.2 * uniform)
-        middle = math.log(0.45 / 0.55)  # D where both are alike: half the labels' mean
-    else:
-        penalty = gradient_penalty(agent.discriminator, torch.lerp(fake_pairs, real_pairs, uniform[:, None]))
-        loss_d = wasserstein_loss(real, fake, weight, penalty, args.penalty_weight)
-        middle = 0.5 * (mean_over(weight, real) + mean_over(weight, fake))
+    loss_d, info_d = discriminator_loss(agent, real, fake.detach(), weight, noise, args)
     agent.discriminator_opt.minimize(loss_d, always)
     # targets and running numbers
     with torch.no_grad():
@@ -385,13 +402,10 @@ def update(agent: Agent, dynamics, terminal_fn, rows, state_rows, logged_rows, w
             net, target_net = getattr(agent, name), getattr(agent, f"target_{name}")
             for target, param in zip(target_net.parameters(), net.parameters(), strict=True):
                 target.lerp_(param, args.tau)
-        agent.q_average.copy_(q_average.lerp(q_size, args.tau))
+        agent.q_average.copy_(info_pi["q_average"].lerp(info_pi["q_size"], args.tau))
         agent.losses.copy_(torch.cat([agent.losses[1:], loss_q[None]]))
-        accuracy = {"real_accuracy": mean_over(weight, (real > middle).float())}
-        accuracy |= {"fake_accuracy": mean_over(weight, (fake <= middle).float())}
-    losses = {"critic_loss": loss_q, "actor_loss": loss_pi, "discriminator_loss": loss_d}
-    info = {name: loss.detach() for name, loss in losses.items()} | info_q | info_pi | accuracy
-    return info | {"generator_slope": slope, "q_average": q_average, "skipped": (loss_q >= agent.loss_limit).float()}
+    info = {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "discriminator_loss": loss_d.detach()}
+    return {**info, "generator_slope": slope, "skipped": (~small).float(), **info_q, **info_pi, **info_d}
 
 
 # --- Model rollouts ---
@@ -436,16 +450,14 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
 
     Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2).
     """
-    rows, shared = [], args.rollout_action == "shared"
+    rows = []
     # on a CPU a thousand rows at a time, so that the ensemble's activations stay in its cache
-    for obs in starts.split(2_048 if shared else len(starts) if starts.is_cuda else 1_000):
+    for obs in starts.split(len(starts) if starts.is_cuda else 1_000):
         for _ in range(args.rollout_length):
-            action = torch.tanh(actor(obs, torch.randn(len(obs), actor.noise_dim, device=obs.device)))
-            action = action[:1].expand_as(action) if shared else action  # [1]
-            # every row is simulated by one elite, drawn anew at each step
-            order = torch.randperm(len(obs), device=obs.device)
+            action = torch.tanh(actor(obs, torch.randn(len(obs), actor.noise_dim, device=obs.device)))  # [shared]
+            order = torch.randperm(len(obs), device=obs.device)  # which elite simulates which row
             noise = torch.randn(len(obs), obs.shape[1] + 1, device=obs.device)
-            next_obs, reward = dynamics.step(obs, action, order, noise)  # [2]
+            next_obs, reward, _ = dynamics.step(obs, action, order, noise)
             terminal = terminal_fn(obs, action, next_obs)
             rows.append(torch.cat([obs, action, reward[:, None], next_obs, terminal.float()[:, None]], dim=-1))
             obs = next_obs[~terminal]
@@ -461,7 +473,7 @@ def main(args: Args) -> None:
         print("warm start  all of it: the critic will learn nothing, lower --warm-start-updates")
     saturated = (data.action.abs() > 0.999).float().mean().item()
     print(f"saturated   {saturated:.1%} of the logged actions' numbers lie within 0.001 of a bound")
-    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     terminal_fn = termination_fn(args.termination, data, args.seed)
@@ -469,32 +481,32 @@ def main(args: Args) -> None:
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
     agent.reward_range.copy_(reward_range(data.reward))
-    model = agent, dynamics, terminal_fn
-    steps = {}  # without and with the policy's
-    for improve in (False, True):
-        steps[improve] = run.compiled(
-            lambda *inputs, improve=improve: update(*model, *inputs, improve=improve, args=args)
-        )
-    policy, warm = agent.actor, {flag: torch.tensor(flag, device=run.device) for flag in (True, False)}
+    policy = agent.actor
     if args.num_candidates > 1:
-        policy = BestOfCandidates(obs_dim, action_dim, args.noise_dim, args.num_candidates)
+        policy = BestOfCandidates(obs_dim, action_dim, args.hidden_sizes, args.noise_dim, args.num_candidates)
         policy.critic, policy.actor = agent.critic, agent.actor
         policy.noise.copy_(torch.randn(policy.noise.shape, generator=torch.Generator().manual_seed(args.seed)))
         policy.to(run.device)
     capacity = args.rollout_retain * args.rollout_batch_size * args.rollout_length
     buffer = ModelBuffer(capacity, real_rows.shape[1]).to(run.device)
+    model = dynamics, terminal_fn
+    # two graphs, without and with the policy's step
+    step = run.compiled(lambda rows, noise, improve: update(agent, model, rows, noise, improve, args))
 
     for i in run.updates(agent=agent, buffer=buffer):  # 1 .. num_updates, or from where a resumed run was
         after = i - 1 - args.warm_start_updates
-        if after >= 0 and after % args.rollout_interval == 0:  # [5]
+        if after >= 0 and after % args.rollout_interval == 0:  # [warm]
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
-            buffer.add(rollout(dynamics, agent.actor, terminal_fn, starts, args))
+            rows = rollout(dynamics, agent.actor, terminal_fn, starts, args)
+            buffer.add(rows)
+        agent.warm.fill_(after < 0)
         share = real_share(i, args)
         run.note(model_buffer_size=buffer.size, real_share=share)
-        batches = [sample_batch(real_rows, buffer, share, args) for _ in range(2)]
-        batches += [real_rows.index_select(0, torch.randint(len(real_rows), (2 * args.batch_size,), device=run.device))]
-        noise = draw_noise(agent.actor, obs_dim, args, run.device)
-        info = steps[i % args.policy_interval == 0](*batches, warm[after < 0], *noise)
+        batch = {name: sample_batch(real_rows, buffer, share, args) for name in ("critic", "states")}
+        logged = torch.randint(len(real_rows), (2 * args.batch_size,), device=run.device)
+        batch["logged"] = real_rows.index_select(0, logged)
+        noise = draw_noise(obs_dim, agent.actor.noise_dim, args, run.device)
+        info = step(batch, noise, i % args.policy_interval == 0)
         if i % len(agent.losses) == 0:
             agent.loss_limit.copy_(next_loss_limit(agent.loss_limit, agent.losses))
         run.evaluate(policy, info, "q {q:8.1f}  D right {real_accuracy:.0%} {fake_accuracy:.0%}")

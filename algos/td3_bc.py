@@ -6,7 +6,11 @@ never logged; one more term in its loss keeps its actions near the logged ones (
     - lambda mean Q_1(s,pi(s)) + mean |pi(s) - a|^2,   lambda = alpha / mean |Q_1(s,pi(s))|        actor_loss()
 
 Dividing by the size of Q makes one alpha fit rewards of any scale. bc.py is the second term alone.
-Departures: [1] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the authors' code.
+Rollouts end:      there are none.
+Gradient stops at: the target in critic_loss, lambda; actor_loss moves the actor alone.
+Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1]; rewards are not.
+Elites:            there is no ensemble.
+Departures: [mean] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the authors' code.
 Run: python algos/td3_bc.py
      python algos/td3_bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -34,7 +38,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
     # --- TD3 ---
-    hidden_layers: int = 2  # of 256 units, in actor and critics
+    hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [TD3+BC code]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic [TD3+BC code, also of the target actor]
     actor_lr: float = 3e-4  # [TD3+BC code]
@@ -47,8 +51,10 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 
 TUNED = {  # for the embedded default a run of a minute; elsewhere the defaults
-    "pendulum/random-v0": dict(num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000),
-}
+    "pendulum/random-v0": dict(
+        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, hidden_sizes=(64, 64),
+    ),
+}  # fmt: skip
 
 
 # --- Networks ---
@@ -68,11 +74,11 @@ class Linears(nn.Module):
 class Critic(nn.Module):
     """Twin Q functions in one batched product: (batch, obs_dim), (batch, action_dim) -> (2, batch)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim + action_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (Linears(2, i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, Linears(2, hidden, 1))
+        self.net = nn.Sequential(*layers, Linears(2, sizes[-1], 1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat([obs, action], dim=-1).expand(2, -1, -1)).squeeze(-1)
@@ -81,11 +87,11 @@ class Critic(nn.Module):
 class Actor(nn.Module):
     """Deterministic policy on standardised observations, whose mean and deviation it keeps for acting on raw ones."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, hidden: int = 256):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim] + [hidden] * hidden_layers
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim), nn.Tanh())
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim), nn.Tanh())
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
 
@@ -126,8 +132,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_sizes)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_opt = Adam(list(self.actor.parameters()), args.actor_lr)
@@ -137,42 +143,49 @@ class Agent(nn.Module):
 # --- Losses: TD3 ---
 #     y   = r + gamma (1 - d) min_j Q'_j(s',a'),   a' = clip[ pi'(s') + clip(sigma eps, -c, c), -1, 1 ]
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-def critic_loss(critic, target_critic, target_actor, batch, noise, gamma, target_noise, target_noise_clip):
+def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
-        smoothing = (target_noise * noise).clamp(-target_noise_clip, target_noise_clip)
-        next_action = (target_actor(next_obs) + smoothing).clamp(-1, 1)
-        next_q = target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
-        target_q = reward + gamma * (1 - terminal) * next_q
-    q = critic(obs, action)  # (2, batch)
+        smoothing = (args.target_noise * noise["next_action"]).clamp(-args.target_noise_clip, args.target_noise_clip)
+        next_action = (agent.target_actor(next_obs) + smoothing).clamp(-1, 1)
+        next_q = agent.target_critic(next_obs, next_action).amin(dim=0)  # (batch,)
+        target_q = reward + args.gamma * (1 - terminal) * next_q
+    q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     return (q - target_q).square().mean(dim=1).sum(), {"q": q.mean().detach()}
 
 
 #     L_pi = - lambda mean Q_1(s,pi(s)) + mean |pi(s) - a|^2,   lambda = alpha / mean |Q_1(s,pi(s))|, a constant
-def actor_loss(critic, actor, obs: Tensor, action: Tensor, q_coef: float):
-    policy_action = actor(obs)
-    q = critic(obs, policy_action)[0]  # (batch,)
-    bc_loss = (policy_action - action).square().mean()  # [1]
-    return bc_loss - q_coef * q.mean() / q.abs().mean().detach(), {"bc_loss": bc_loss.detach()}
+def actor_loss(agent: Agent, obs: Tensor, action: Tensor, args: Args):
+    policy_action = agent.actor(obs)
+    q = agent.critic(obs, policy_action)[0]  # (batch,)
+    bc_loss = (policy_action - action).square().mean()  # [mean]
+    return bc_loss - args.q_coef * q.mean() / q.abs().mean().detach(), {"bc_loss": bc_loss.detach()}
 
 
-# --- Update: rows (batch, 2 obs_dim + action_dim + 2) as in `flat_rows`, noise (batch, action_dim) ---
-def update(agent: Agent, rows: Tensor, noise: Tensor, improve: bool, args: Args) -> dict[str, Tensor]:
+# --- Update: rows as in `flat_rows` ---
+def draw_noise(action_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
+    """Of one update; standard normal where the name says no more."""
+    shape = args.batch_size, action_dim
+    noise = {"next_action": torch.randn(shape, device=device)}
+    return noise
+
+
+def update(agent: Agent, rows: Tensor, noise: dict[str, Tensor], improve: bool, args: Args) -> dict[str, Tensor]:
     """improve: also the policy and the targets, in one update of policy_interval."""
-    action_dim = noise.shape[-1]
+    action_dim = noise["next_action"].shape[-1]
     obs_dim = (rows.shape[1] - action_dim - 2) // 2
     obs, action, reward, next_obs, terminal = rows.split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
     batch = [obs, action, reward.squeeze(-1), next_obs, terminal.squeeze(-1)]
     # critic
-    nets = agent.critic, agent.target_critic, agent.target_actor
-    loss_q, info_q = critic_loss(*nets, batch, noise, args.gamma, args.target_noise, args.target_noise_clip)
+    loss_q, info_q = critic_loss(agent, batch, noise, args)
     agent.critic_opt.minimize(loss_q)
-    info = {"critic_loss": loss_q.detach(), **info_q}
+    nan = torch.full_like(loss_q, math.nan)
+    info = {"critic_loss": loss_q.detach(), "actor_loss": nan, "bc_loss": nan, **info_q}
     if not improve:
-        return info | {"actor_loss": torch.full_like(loss_q, math.nan), "bc_loss": torch.full_like(loss_q, math.nan)}
+        return info
     # actor
-    loss_pi, info_pi = actor_loss(agent.critic, agent.actor, obs, action, args.q_coef)
+    loss_pi, info_pi = actor_loss(agent, obs, action, args)
     agent.actor_opt.minimize(loss_pi)
     # targets
     with torch.no_grad():
@@ -212,13 +225,12 @@ def main(args: Args) -> None:
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
     real_rows = flat_rows(standardise(data, agent.actor))
-    steps = {}  # without and with the policy's
-    for improve in (False, True):
-        steps[improve] = run.compiled(lambda rows, noise, now=improve: update(agent, rows, noise, now, args))
+    # two graphs, without and with the policy's step
+    step = run.compiled(lambda rows, noise, improve: update(agent, rows, noise, improve, args))
 
     for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
-        noise = torch.randn(args.batch_size, action_dim, device=run.device)
-        info = steps[i % args.policy_interval == 0](sample_batch(real_rows, args), noise)
+        noise = draw_noise(action_dim, args, run.device)
+        info = step(sample_batch(real_rows, args), noise, i % args.policy_interval == 0)
         run.evaluate(agent.actor, info, "q {q:8.1f}  bc {bc_loss:.3f}")
     run.finish(agent.actor)
 

@@ -1,6 +1,7 @@
-"""Behaviour policies of our own and the datasets they record, graded as in D4RL (Fu et al. 2020, arXiv:2004.07219).
+"""Records datasets: random actions in any environment, and policies of our own, graded as in D4RL.
 
-SAC is trained online, one update a step; along the way its sampled return is measured and its actor kept.
+For the grades (Fu et al. 2020, arXiv:2004.07219) SAC is trained online, one update a step; along the way its sampled
+return is measured and its actor kept.
     random          uniformly random actions
     medium          the first actor at about a third of an expert's return
     medium-replay   everything that the training saw up to the medium actor
@@ -8,7 +9,8 @@ SAC is trained online, one update a step; along the way its sampled return is me
     medium-expert   the episodes of medium, then those of expert
 The medium and expert actors lie in benchmarks/policies, so that every set but the replay is recorded again in minutes;
 the replay needs the training. The sets are local Minari datasets named <environment>/<grade>-v0.
-Run: python benchmarks/collect.py --envs hopper --grades random medium expert
+Run: python benchmarks/collect.py --env-id Ant-v5 --dataset-id ant/random-v0 --num-steps 200000
+     python benchmarks/collect.py --envs hopper --grades random medium expert
      python benchmarks/collect.py --envs hopper walker2d --train
      python benchmarks/collect.py --envs hopper --train --grades medium-replay
 """
@@ -16,27 +18,38 @@ Run: python benchmarks/collect.py --envs hopper --grades random medium expert
 import json
 import math
 import multiprocessing
+import re
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import gymnasium as gym
+import minari
 import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from minari.data_collector import EpisodeBuffer
-from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import mopo  # noqa: E402
-from common.dataset import InputError, cache_dir, load_dataset, record_random, write_dataset  # noqa: E402
+from common import InputError  # noqa: E402
+from common.dataset import (  # noqa: E402
+    cache_dir,
+    load_dataset,
+    make_spaces,
+    minari_folder,
+    put_into_minari,
+    ref_scores_of,
+)
 from common.dynamics import save  # noqa: E402
+from common.machine import compiled, set_matmul_precision  # noqa: E402
 
 POLICIES = Path(__file__).parent / "policies"
 NUM_RANDOM, EVAL_INTERVAL, CHECKPOINT_INTERVAL = 10_000, 10_000, 50_000  # environment steps
@@ -66,9 +79,11 @@ Grade = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
 
 @dataclass
 class Args:
+    env_id: str = ""  # any environment with continuous actions, for random ones; without, the next two
+    dataset_id: str = ""  # name of its dataset, which ends in -v and a number
     envs: tuple[Literal["hopper", "halfcheetah", "walker2d", "inverteddoublependulum"], ...] = tuple(ENVS)  # which
     grades: tuple[Grade, ...] = ("random", "medium", "expert")  # medium-replay comes out of --train alone
-    num_steps: int = 1_000_000  # of random, medium and expert; medium-expert has twice as many
+    num_steps: int = 1_000_000  # of a dataset; medium-replay has its own number, medium-expert twice as many
     train: bool = False  # train the policies anew, record medium-replay; for that grade alone, stop at medium
     seed: int = 0  # of everything
     processes: int = 2  # at a time, one environment and one thread each
@@ -76,6 +91,26 @@ class Args:
 
 
 # --- Acting ---
+def play_random(env: gym.Env, num_steps: int, seed: int) -> Iterator[EpisodeBuffer]:
+    """Episodes of uniformly random actions. The last one is cut off: there are `num_steps` steps in all."""
+    env.action_space.seed(seed)
+    recorded = 0
+    with tqdm(total=num_steps, desc=f"recording {env.spec.id}", unit="step", disable=None) as progress:
+        while recorded < num_steps:
+            obs, _ = env.reset(seed=seed if recorded == 0 else None)
+            observations, steps, done = [obs], [], False
+            while not done:
+                action = env.action_space.sample()
+                obs, reward, terminated, truncated, _ = env.step(action)
+                recorded += 1
+                truncated = truncated or (recorded == num_steps and not terminated)  # the recording stops here
+                observations.append(obs)
+                steps.append((action, reward, terminated, truncated))
+                done = terminated or truncated
+            progress.update(len(steps))
+            yield episode(observations, steps)
+
+
 def play(actor: mopo.Actor, env: Env, num_steps: int, seed: int, num_envs: int = 10) -> Iterator[EpisodeBuffer]:
     """Episodes of sampled actions, as they end. The last ones are cut off: there are `num_steps` steps in all."""
     envs = SyncVectorEnv([env.make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -129,12 +164,12 @@ def train(name: str, args: Args) -> dict:
     """
     env, torch_rng = ENVS[name], torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
-    sac = replace(mopo.Args(), actor_lr=3e-4, alpha_lr=3e-4, max_alpha=math.inf, compile=args.compile)
-    device = torch.device("cpu")
+    sac = replace(mopo.Args(), actor_lr=3e-4, alpha_lr=3e-4, max_alpha=math.inf)
     single = env.make()
     obs_dim, action_dim = single.observation_space.shape[0], single.action_space.shape[0]
     agent = mopo.Agent(obs_dim, action_dim, sac)
-    update = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, sac), sac, device)
+    update = lambda rows, noise: mopo.update(agent, rows, noise, sac)  # noqa: E731
+    update = compiled(update, torch.device("cpu")) if args.compile else update
     rows, ends, snapshots = torch.zeros(env.max_steps, 2 * obs_dim + action_dim + 2), [0], []
     folder = cache_dir() / "collect"
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +201,7 @@ def train(name: str, args: Args) -> dict:
             if step > NUM_RANDOM:
                 index = torch.randint(step, (sac.batch_size,), generator=torch_rng)
                 noise = torch.randn(2, sac.batch_size, action_dim, generator=torch_rng)
-                info = update(rows.index_select(0, index), noise)
+                info = update(rows.index_select(0, index), {"next_action": noise[0], "action": noise[1]})
             if step % EVAL_INTERVAL == 0 and step > NUM_RANDOM:
                 weights = {key: value.clone() for key, value in agent.actor.state_dict().items()}
                 value = sampled_return(agent.actor, env, args.seed)
@@ -213,12 +248,43 @@ def load_policy(name: str, grade: str) -> tuple[mopo.Actor, dict]:
     with np.load(path) as file:
         card = json.loads(str(file["card"]))
         weights = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "card"}
-    actor = mopo.Actor(weights["net.0.weight"].shape[1], len(weights["net.4.bias"]) // 2)
+    sizes = len(weights["net.0.bias"]), len(weights["net.2.bias"])
+    actor = mopo.Actor(weights["net.0.weight"].shape[1], len(weights["net.4.bias"]) // 2, sizes)
     actor.load_state_dict(weights)
     return actor, card
 
 
 # --- Recording ---
+def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.Env, policy: str, card: dict) -> Path:
+    """Writes episodes as a local Minari dataset, with the reference scores of `env` where they are known.
+
+    It appears complete or not at all, so two processes may write it at once and either may be killed. `policy` and
+    `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
+    """
+    target = minari_folder() / dataset_id
+    low, high = ref_scores_of(env.spec) or (None, None)
+    try:
+        with put_into_minari(dataset_id), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name
+            minari.create_dataset_from_buffers(
+                dataset_id, episodes, env=env, ref_min_score=low, ref_max_score=high, algorithm_name=policy,
+                description=json.dumps(card),
+            )  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: an id that Minari does not take
+        if not target.exists():  # else another process was faster between looking and moving
+            raise InputError(f"Cannot record {target} ({error}): is MINARI_DATASETS_PATH writable?") from error
+    finally:
+        env.close()
+    return target
+
+
+def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int, **env_kwargs) -> Path:
+    """As write_dataset. Raises InputError also for an unknown environment."""
+    env = gym.make(make_spaces(env_id)[0], **env_kwargs)
+    card = {"num_steps": num_steps, "seed": seed}
+    return write_dataset(dataset_id, play_random(env, num_steps, seed), env, "uniformly random", card)
+
+
 def replay(training: dict, num_steps: int, env: Env) -> Iterator[EpisodeBuffer]:
     """The first `num_steps` steps of a training, as episodes."""
     single = env.make()
@@ -242,7 +308,7 @@ def replay(training: dict, num_steps: int, env: Env) -> Iterator[EpisodeBuffer]:
 def record(name: str, grade: str, args: Args, training: dict | None = None) -> None:
     """Writes <name>/<grade>-v0 unless it exists."""
     env, dataset_id, start = ENVS[name], f"{name}/{grade}-v0", time.monotonic()
-    if (folder := get_dataset_path() / dataset_id).exists():
+    if (folder := minari_folder() / dataset_id).exists():
         print(f"{dataset_id}: exists and stays as it is; remove {folder} to record it anew", flush=True)
         return
     if grade == "random":
@@ -273,7 +339,7 @@ def work(name: str, args: Args) -> None:
     """All that is asked for of one environment, in a process of its own."""
     torch.set_num_threads(1)
     # by the training and by the recording alone alike: a rounding error makes another episode
-    mopo.set_matmul_precision(mopo.Args().matmul_precision, torch.device("cpu"))
+    set_matmul_precision("highest", torch.device("cpu"))
     if args.train:
         training = train(name, args)
         if args.grades != ("medium-replay",):
@@ -291,7 +357,7 @@ def table(names: tuple[str, ...]) -> str:
     lines.append("| --- " * 7 + "|")
     for name in names:
         for grade in get_args(Grade):
-            if not (get_dataset_path() / f"{name}/{grade}-v0").exists():
+            if not (minari_folder() / f"{name}/{grade}-v0").exists():
                 continue
             data = load_dataset(f"{name}/{grade}-v0")
             returns, limits = data.episode_returns, 1 - data.terminal.sum().item() / len(data.episode_returns)
@@ -304,10 +370,20 @@ def table(names: tuple[str, ...]) -> str:
 
 
 def main(args: Args) -> None:
-    if "medium-replay" in args.grades and not args.train:
-        raise InputError("medium-replay is the replay of a training: add --train")
     if min(args.num_steps, args.processes) < 1:
         raise InputError("--num-steps and --processes must be at least 1")
+    if args.env_id or args.dataset_id:
+        if (args.envs, args.grades, args.train) != (Args.envs, Args.grades, Args.train):
+            raise InputError("give --env-id and --dataset-id, or --envs, --grades and --train, not both")
+        if not (args.env_id and re.search(r"-v\d+$", args.dataset_id)):
+            raise InputError("random actions need an --env-id, and a --dataset-id that ends in -v and a number")
+        if (folder := minari_folder() / args.dataset_id).exists():
+            raise InputError(f"{args.dataset_id} exists already: choose another id, or remove {folder}")
+        record_random(args.env_id, args.dataset_id, args.num_steps, args.seed)
+        print(load_dataset(args.dataset_id).summary())
+        return
+    if "medium-replay" in args.grades and not args.train:
+        raise InputError("medium-replay is the replay of a training: add --train")
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(work, name, args) for name in args.envs]:
             future.result()

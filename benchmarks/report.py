@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,13 +30,15 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common.dataset import InputError, load_dataset  # noqa: E402
+from benchmarks.grid import as_json  # noqa: E402
+from common import InputError  # noqa: E402
+from common.dataset import load_dataset  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
 NO_SETTINGS = {  # what seeds of one cell may differ in
     "seed", "dataset", "run_dir", "run_name", "resume", "num_threads", "device", "dynamics", "compile",
-    "checkpoint_interval", "displace", "capture_video",
+    "checkpoint_interval",
 }  # fmt: skip
 MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
 COMPARED = [  # methods that a grid was made to compare, and on which datasets
@@ -62,9 +64,9 @@ each dataset; they are too narrow where there are fewer than about five seeds, a
 P(A > B): how probable it is that a run of A scores higher than one of B on the same dataset, mean over datasets."""
 
 DISPLACEMENT = """\
-`--displace`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way through its median
-episode, at the step that is named; how many of ten episodes are left after none and after 15; and how far from the data
-the 50 steps that follow are in those that are left, in standard deviations.
+`python benchmarks/displace.py`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way
+through its median episode, at the step that is named; how many of ten episodes are left after none and after 15; and
+how far from the data the 50 steps that follow are in those that are left, in standard deviations.
 """
 CURVES = """\
 Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
@@ -131,7 +133,7 @@ def read_folder(folder: Path) -> Run:
             about["displaced"] = {name: [float(f"{v:.6g}") for v in rows[name]] for name in DISPLACED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no readable run ({error!r}): remove it, or run it again") from None
-    data = load_data(args["dataset"], args.get("env_id") or None, args.get("successors") == "classic")
+    data = load_data(args["dataset"], args.get("env_id") or None)
     if data and data[0] != about["data_hash"]:
         print(f"note: {args['dataset']} is not what {folder} was run on: its mean is left out", file=sys.stderr)
         data = None
@@ -141,10 +143,10 @@ def read_folder(folder: Path) -> Run:
 
 
 @cache
-def load_data(name: str, env_id: str | None, classic_successors: bool) -> tuple[str, float, tuple | None] | None:
+def load_data(name: str, env_id: str | None) -> tuple[str, float, tuple | None] | None:
     """Hash, mean return and reference scores; the rows themselves may be gigabytes."""
     try:
-        data = load_dataset(name, "cpu", env_id, classic_successors)
+        data = load_dataset(name, "cpu", env_id)
         return data.data_hash, float(data.episode_returns.mean()), data.ref_scores
     except InputError as error:
         print(f"note: the mean of {name} is left out ({error})", file=sys.stderr)
@@ -164,11 +166,14 @@ def public_command(config: dict) -> str:
     flags = list(itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(config["command"])))[1:]
     if any(flag.startswith("--resume") for flag in flags):
         module, flags = importlib.import_module(f"algos.{config['algo']}"), []
-        defaults, tuned = asdict(module.Args()), {name for settings in module.TUNED.values() for name in settings}
+        defaults, tuned = as_json(module.Args()), {name for settings in module.TUNED.values() for name in settings}
         for name, value in config["args"].items():
             if value != defaults.get(name) or name in tuned:
                 flag = name.replace("_", "-")
-                flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
+                if type(value) is list:
+                    flags += [f"--{flag}", *map(str, value)]
+                else:
+                    flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
     public, flags = ["python", f"algos/{config['algo']}.py"], iter(flags)
     for flag in flags:
         name, equals, value = flag.partition("=") if flag.startswith("--") else ("", "", flag)
@@ -179,11 +184,18 @@ def public_command(config: dict) -> str:
     return shlex.join(public)
 
 
+def in_common(run: Run) -> dict:
+    """What the seeds of one cell must have in common."""
+    settings = dict(run.about.get("settings", {}))  # older ones tell none
+    if "hidden_layers" in settings:  # of 256 units, recorded before there were --hidden-sizes
+        settings["hidden_sizes"] = [256] * settings.pop("hidden_layers")
+    return {name: run.about[name] for name in ("data_hash", "num_updates", "score_evals")} | settings
+
+
 def differences(one: Run, other: Run) -> list[str]:
-    """Names of what seeds of one cell must have in common and these have not."""
-    facts = [run.about | run.about.get("settings", {}) for run in (one, other)]  # older ones tell no settings
-    known = {"data_hash", "num_updates", "score_evals"} | set(facts[0].get("settings", ()))
-    return sorted(name for name in known if name in facts[1] and facts[0][name] != facts[1][name])
+    """Names of what they should have in common and have not, as far as both tell."""
+    one, other = in_common(one), in_common(other)
+    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 
 def continues(run: Run, kept: Run) -> bool:

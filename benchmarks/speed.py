@@ -16,7 +16,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,12 +28,19 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from algos import bc, combo, cql, iql, mopo, onestep, sac_bc, td3_bc  # noqa: E402
+import common.dynamics  # noqa: E402
+from algos import bc, combo, cql, iql, mobile, mopo, onestep, sac_bc, td3_bc  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
+from common.machine import compiled, keep_freed_memory, set_matmul_precision  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
-NUM_UPDATES, NUM_SLOW_UPDATES, NUM_MINIBATCHES = 200, 15, 30  # of one repetition; slow: COMBO's and CQL's
+NUM_UPDATES, NUM_SLOW_UPDATES, NUM_MINIBATCHES = 200, 15, 30  # of one repetition; slow: those of many sampled actions
 CPU = torch.device("cpu")
+METHODS = {
+    "MOPO": mopo, "MOBILE": mobile, "COMBO": combo, "CQL": cql, "TD3+BC": td3_bc, "IQL": iql, "BC": bc,
+    "SAC+BC": sac_bc, "one-step": onestep,
+}  # fmt: skip
+PLANNERS = ("MOPO", "COMBO")  # whose rollouts differ: all members at every row, or one
 
 
 @dataclass
@@ -56,113 +63,84 @@ def random_rows(seed: int = 0) -> torch.Tensor:
     return torch.cat([obs, action, reward, next_obs, torch.zeros(NUM_ROWS, 1)], dim=1)
 
 
-# --- Contestants: kind of work -> a function that does one repetition of it and returns how many things it did ---
-def ours(args: Args, compile: bool) -> dict[str, Callable[[], int]]:
-    """The functions of algos/mopo.py and common/dynamics.py as `main` calls them."""
-    settings = replace(mopo.Args(), compile=compile, rollout_batch_size=args.num_starts)
+# --- Contestants: row of the table -> a function that does one repetition of it and returns how many things it did ---
+def our_updates(module: types.ModuleType, compile: bool = True) -> Callable[..., int]:
+    """The update of a script, with its own default networks, as its `main` calls it."""
     torch.manual_seed(0)
-    rows, dynamics, agent = random_rows(), Dynamics(OBS_DIM, ACTION_DIM), mopo.Agent(OBS_DIM, ACTION_DIM, settings)
-    buffer = mopo.ModelBuffer(args.num_starts * 25, rows.shape[1], CPU)
-    buffer.add(rows[: len(buffer.rows)])
-    step = mopo.compiled(lambda rows, noise: mopo.update(agent, rows, noise, settings), settings, CPU)
-    x, y = rows[:, : OBS_DIM + ACTION_DIM], torch.cat([rows[:, 24:41] - rows[:, :17], rows[:, 23:24]], dim=1)
-    size, graphs = NUM_MINIBATCHES * BATCH_SIZE + 1000, {}
+    settings, rows, models, shape = module.Args(), random_rows(), [], [ACTION_DIM]
+    agent = module.Agent(OBS_DIM, ACTION_DIM, settings)
+    if module in (sac_bc, onestep):
+        models = [module.Actor(OBS_DIM, ACTION_DIM, settings.hidden_sizes).requires_grad_(False)]
+    if module is mobile:
+        models = [Dynamics(OBS_DIM, ACTION_DIM).requires_grad_(False)]
+        shape = [*models, ACTION_DIM]
+    if module is onestep:
+        rows = torch.cat(
+            [rows, rows[:, OBS_DIM : OBS_DIM + ACTION_DIM].roll(-1, dims=0)], dim=1
+        )  # with the next action
+    data = [rows]
+    if hasattr(module, "ModelBuffer"):
+        data.append(module.ModelBuffer(len(rows), rows.shape[1]))
+        data[1].add(rows)
+    improves = {td3_bc: lambda i: i % 2 == 0, onestep: lambda i: i >= NUM_UPDATES * (1 - settings.policy_share)}
+    step = lambda *inputs: module.update(agent, *models, *inputs, settings)  # noqa: E731
+    step = compiled(step, CPU) if compile else step
+    usual = NUM_SLOW_UPDATES if module in (combo, cql, mobile) else NUM_UPDATES
 
-    def compile_once(function: Callable) -> Callable:
-        return graphs.setdefault("fit", mopo.compiled(function, settings, CPU))
-
-    def updates(num: int = NUM_UPDATES) -> int:
-        for _ in range(num):
-            step(mopo.sample_batch(rows, buffer, settings), torch.randn(2, BATCH_SIZE, ACTION_DIM))
+    def updates(num: int = usual) -> int:
+        for i in range(num):
+            inputs = [module.sample_batch(*data, settings)]
+            if hasattr(module, "draw_noise"):
+                inputs.append(module.draw_noise(*shape, settings, CPU))
+            if module in improves:
+                inputs.append(improves[module](i))
+            step(*inputs)
         return num
 
+    return updates
+
+
+def our_fit(compile: bool = True) -> Callable[[], int]:
+    """Minibatches of the ensemble's fit, compiled as in a long one."""
+    torch.manual_seed(0)
+    rows, dynamics, graphs = random_rows(), Dynamics(OBS_DIM, ACTION_DIM), {}
+    x, y = rows[:, : OBS_DIM + ACTION_DIM], torch.cat([rows[:, 24:41] - rows[:, :17], rows[:, 23:24]], dim=1)
+    size = NUM_MINIBATCHES * BATCH_SIZE + 1000
+    common.dynamics.SHORT_FIT = 0
+
+    def compile_once(function: Callable) -> Callable:
+        return graphs.setdefault("fit", compiled(function, CPU) if compile else function)
+
     def minibatches() -> int:
-        dynamics.requires_grad_(True).fit(x[:size], y[:size], seed=0, max_epochs=1, compile=compile_once)
+        dynamics.fit(x[:size], y[:size], seed=0, max_epochs=1, compile=compile_once)
         return NUM_MINIBATCHES
 
-    def rollout() -> int:
-        starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
-        never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
-        new, _ = mopo.rollout(dynamics, agent.actor, never, starts, settings)
-        buffer.add(new)
-        return len(new)
-
-    return {"update": updates, "ensemble minibatch": minibatches, "rollout transition": rollout}
+    return minibatches
 
 
-def our_other_methods(args: Args) -> dict[str, Callable[[], int]]:
-    """The update of every other script as its `main` calls it, and COMBO's rollout, where one member predicts a row."""
+def our_rollout(module: types.ModuleType, num_starts: int) -> Callable[[], int]:
     torch.manual_seed(0)
     rows, dynamics = random_rows(), Dynamics(OBS_DIM, ACTION_DIM)
-    buffer = mopo.ModelBuffer(NUM_ROWS, rows.shape[1], CPU)
-    buffer.add(rows)
-    modules = (combo, cql, td3_bc, iql, bc, sac_bc, onestep)
-    agents = {module: module.Agent(OBS_DIM, ACTION_DIM, module.Args()) for module in modules}
-    behaviour = sac_bc.Actor(OBS_DIM, ACTION_DIM).requires_grad_(False)
-
-    def compiled_update(module: types.ModuleType, *flags: bool) -> Callable:
-        settings, nets = module.Args(), (agents[module], behaviour)[: 1 + (module in (sac_bc, onestep))]
-        function = lambda *inputs: module.update(*nets, *inputs, *flags, settings)  # noqa: E731
-        return module.compiled(function, settings, CPU)
-
-    conservative = {module: compiled_update(module) for module in (combo, cql)}
-    iql_step = compiled_update(iql)
-    td3_bc_steps = [compiled_update(td3_bc, improve) for improve in (False, True)]
-
-    def conservative_updates(module: types.ModuleType) -> int:
-        for _ in range(NUM_SLOW_UPDATES):
-            noise, proposal_noise = torch.randn(2, BATCH_SIZE, ACTION_DIM), torch.randn(3, 10, BATCH_SIZE, ACTION_DIM)
-            proposal_noise[0].uniform_(-1, 1)
-            data = (rows, buffer) if module is combo else (rows,)
-            conservative[module](module.sample_batch(*data, module.Args()), noise, proposal_noise)
-        return NUM_SLOW_UPDATES
-
-    def td3_bc_updates() -> int:
-        for i in range(NUM_UPDATES):
-            td3_bc_steps[i % 2](td3_bc.sample_batch(rows, td3_bc.Args()), torch.randn(BATCH_SIZE, ACTION_DIM))
-        return NUM_UPDATES
-
-    def iql_updates() -> int:
-        for _ in range(NUM_UPDATES):
-            iql_step(iql.sample_batch(rows, iql.Args()))
-        return NUM_UPDATES
-
-    bc_step, sac_bc_step = compiled_update(bc), compiled_update(sac_bc)
-    onestep_steps = [compiled_update(onestep, improve) for improve in (False, True)]
-    pairs = torch.cat([rows, rows[:, OBS_DIM : OBS_DIM + ACTION_DIM].roll(-1, dims=0)], dim=1)  # with the next action
-
-    def bc_updates() -> int:
-        for _ in range(NUM_UPDATES):
-            bc_step(bc.sample_batch(rows, bc.Args()))
-        return NUM_UPDATES
-
-    def sac_bc_updates() -> int:
-        for _ in range(NUM_UPDATES):
-            sac_bc_step(sac_bc.sample_batch(rows, sac_bc.Args()), torch.randn(2, BATCH_SIZE, ACTION_DIM))
-        return NUM_UPDATES
-
-    def onestep_updates() -> int:
-        settings = onestep.Args()
-        for i in range(NUM_UPDATES):
-            noise = torch.randn(settings.num_samples, BATCH_SIZE, ACTION_DIM)
-            onestep_steps[i >= NUM_UPDATES * (1 - settings.policy_share)](onestep.sample_batch(pairs, settings), noise)
-        return NUM_UPDATES
+    agent = module.Agent(OBS_DIM, ACTION_DIM, module.Args())
+    never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
 
     def rollout() -> int:
-        starts = rows[torch.randint(NUM_ROWS, (args.num_starts,)), :OBS_DIM]
-        never = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)  # noqa: E731
-        return len(combo.rollout(dynamics, agents[combo].actor, never, starts, combo.Args()))
+        starts = rows[torch.randint(NUM_ROWS, (num_starts,)), :OBS_DIM]
+        new = module.rollout(dynamics, agent.actor, never, starts, module.Args())
+        return len(new[0] if type(new) is tuple else new)
 
-    return {
-        "COMBO: update": partial(conservative_updates, combo),
-        "COMBO: rollout transition": rollout,
-        "CQL: update": partial(conservative_updates, cql),
-        "TD3+BC: update": td3_bc_updates,
-        "IQL: update": iql_updates,
-        "BC: update": bc_updates,
-        "SAC+BC: update": sac_bc_updates,
-        "one-step: update": onestep_updates,
-    }
+    return rollout
+
+
+def ours(args: Args) -> dict[str, Callable[[], int]]:
+    """The functions of algos/ and common/ as the scripts call them; made when they are asked for."""
+    made = {f"{name}: update": partial(our_updates, module) for name, module in METHODS.items()}
+    made |= {f"{name}: rollout transition": partial(our_rollout, METHODS[name], args.num_starts) for name in PLANNERS}
+    return made | {"ensemble minibatch": our_fit}
+
+
+def ours_eagerly(args: Args) -> dict[str, Callable[[], int]]:
+    return {"MOPO: update": partial(our_updates, mopo, False), "ensemble minibatch": partial(our_fit, False)}
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
@@ -219,7 +197,7 @@ def plain(args: Args) -> dict[str, Callable[[], int]]:
                     old.data.copy_(0.995 * old.data + 0.005 * new.data)
         return NUM_UPDATES
 
-    return {"update": updates}
+    return {"MOPO: update": lambda: updates}
 
 
 def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
@@ -318,10 +296,10 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
             policy.learn(real.sample(BATCH_SIZE))
         return num
 
-    return {
-        "update": updates,
+    made = {
+        "MOPO: update": updates,
+        "MOPO: rollout transition": rollout,
         "ensemble minibatch": minibatches,
-        "rollout transition": rollout,
         "COMBO: update": combo_updates,
         "COMBO: rollout transition": combo_rollout,
         "CQL: update": partial(model_free_updates, cql_policy, NUM_SLOW_UPDATES),
@@ -329,20 +307,21 @@ def offlinerl_kit(args: Args) -> dict[str, Callable[[], int]]:
         "IQL: update": partial(model_free_updates, iql_policy, NUM_UPDATES),
         "BC: update": partial(model_free_updates, bc_policy, NUM_UPDATES),
     }
+    return {name: lambda function=function: function for name, function in made.items()}
 
 
-def epoch(parts: dict[str, Callable]) -> int:
+def epoch(rollout: Callable[[], int], updates: Callable[[int], int]) -> int:
     """One rollout and the 1,000 updates that follow it."""
-    parts["rollout transition"]()
-    parts["update"](1_000)
+    rollout()
+    updates(1_000)
     return 1
 
 
 def set_up(name: str, args: Args) -> None:
     """Ours as `main` of algos/mopo.py does it, everybody else's as torch and glibc leave it."""
     if name.startswith("ours"):
-        mopo.set_matmul_precision(args.matmul_precision, CPU)
-        mopo.keep_freed_memory()
+        set_matmul_precision(args.matmul_precision, CPU)
+        keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("highest")
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -353,23 +332,22 @@ def set_up(name: str, args: Args) -> None:
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.num_threads)
-    contestants = {
-        "ours": ours(args, True) | our_other_methods(args),
-        "ours, --no-compile": ours(args, False),
-        "plain": plain(args),
-    }
+    makers = {"ours": ours(args), "ours, --no-compile": ours_eagerly(args), "plain": plain(args)}
     if args.peer:
-        contestants["OfflineRL-Kit"] = offlinerl_kit(args)
+        makers["OfflineRL-Kit"] = offlinerl_kit(args)
+    contestants = {
+        name: {work: make() for work, make in made.items() if args.only in work} for name, made in makers.items()
+    }
     for parts in contestants.values():
-        if "rollout transition" in parts:
-            parts["epoch"] = partial(epoch, dict(parts))
+        if {"MOPO: rollout transition", "MOPO: update"} <= parts.keys():
+            parts["MOPO: epoch"] = partial(epoch, parts["MOPO: rollout transition"], parts["MOPO: update"])
+    if not contestants["ours"]:
+        sys.exit(f"error: no row has {args.only!r} in its name: there are {', '.join(makers['ours'])} and MOPO: epoch")
     seconds: dict[str, dict[str, list[float]]] = {}
-    for work in [work for work in contestants["ours"] if args.only in work]:
+    for work in contestants["ours"]:
         takers = {name: parts[work] for name, parts in contestants.items() if work in parts}
-        if work == "rollout transition" or work == "epoch":
-            takers.pop("ours, --no-compile")  # rollouts are never compiled
         seconds[work] = {name: [] for name in takers}
-        for name, function in takers.items() if work != "epoch" else ():
+        for name, function in takers.items() if work != "MOPO: epoch" else ():
             set_up(name, args)
             function()  # compiles, fills caches
         for _ in range(args.repetitions):

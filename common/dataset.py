@@ -7,12 +7,10 @@ pairing the last observation of an episode with the first one of the next, and c
 
 import hashlib
 import importlib
-import json
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,29 +23,20 @@ import torch
 from filelock import FileLock
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces.utils import flatten_space
-from minari.data_collector import EpisodeBuffer
 from minari.storage import get_dataset_path
 from torch import Tensor
-from tqdm import tqdm
 
 from common import InputError
-from common.download import D4RL, d4rl_file
+from common.download import D4RL, D4RL_ENVS, d4rl_file
 
 DEFAULT_DATASET = "pendulum/random-v0"
-PENDULUM_RANDOM_SCORE = -1230.0  # ours: mean return of 10,000 uniformly random episodes (standard error 3)
-PENDULUM_BEST_SCORE = -150.0  # ours: about what a well-trained policy reaches; no benchmark defines one
-# (random, expert) by environment name, for every dataset and version of it; D4RL's except the last
-REF_SCORES = {
+REF_SCORES = {  # (random, expert) by environment name, for every dataset and version of it; D4RL's except the last
     "Hopper": (-20.272305, 3234.3),
     "HalfCheetah": (-280.178953, 12135.0),
     "Walker2d": (1.629008, 4592.3),
     "Ant": (-325.6, 3879.7),
-    "Pendulum": (PENDULUM_RANDOM_SCORE, PENDULUM_BEST_SCORE),
-}
-D4RL_ENVS = {  # by the first word of the name
-    "halfcheetah": ("HalfCheetah-v5", {}),
-    "hopper": ("Hopper-v5", {}),
-    "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),  # its right foot slips as in v2; v5's own grips
+    # the mean of 10,000 uniformly random episodes (standard error 3), and about what a well-trained policy reaches
+    "Pendulum": (-1230.0, -150.0),
 }
 MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no time limit of its own
 CACHE_VERSION = 1  # part of every cache key: raise it when the arrays made from the same file change
@@ -125,54 +114,48 @@ def make_cache_folder(folder: Path) -> None:
         raise InputError(f"cannot write to {folder} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
 
 
-def load_dataset(
-    name: str, device: torch.device | str = "cpu", env_id: str | None = None, classic_successors: bool = False
-) -> OfflineDataset:
+def load_dataset(name: str, device: torch.device | str = "cpu", env_id: str | None = None) -> OfflineDataset:
     """Loads `name` and puts it on `device`.
 
-    name: "pendulum/random-v0" (recorded at first use), else a path to an .hdf5, .h5 or .npz file with D4RL's keys,
-        else the folder of a Minari dataset, else "d4rl/hopper-medium-v2" or another key of D4RL, else a Minari id; the
-        last two are downloaded when they are not local. Dictionaries of vectors are flattened, keys in sorted order.
+    name: "pendulum/random-v0" (made at first use), else a path to an .hdf5, .h5 or .npz file with D4RL's keys, else
+        the folder of a Minari dataset, else "d4rl/hopper-medium-v2" or another key of D4RL, else a Minari id; the last
+        two are downloaded when they are not local. Dictionaries of vectors are flattened, keys in sorted order.
     env_id: environment to evaluate in and to take the action box from, as for gym.make; wins over the dataset's own.
-    classic_successors: as d4rl.qlearning_dataset (of files with timeouts), only to compare with numbers made with it:
-        the successor of every row is the next row of the file, also across the end of an episode.
     Raises InputError when the data cannot be found, read or used.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where users keep the modules of their environments
-    path = _find(name)
-    minari_set = env_spec = obs_space = action_space = ref_scores = None
-    if path.is_dir():
+    env_spec = obs_space = action_space = ref_scores = None
+    if name == DEFAULT_DATASET:
+        source, version, read = "uniformly random actions", f"{name}|{gym.__version__}", _random_pendulum
+        env_spec, obs_space, action_space = make_spaces("Pendulum-v1")
+    elif (path := _find(name)).is_dir():
         with _readable(path):
             minari_set = minari.MinariDataset(path)
             metadata = minari_set.storage.metadata
+        source, version, read = f"Minari dataset in {path}", _version(path), lambda: _read_minari(minari_set, path)
         # the spaces stored with the data: no need to install the package that registers the environment
         env_spec, obs_space = _flattened(minari_set.env_spec, minari_set.observation_space)
         action_space = minari_set.action_space
         if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
             ref_scores = metadata["ref_min_score"], metadata["ref_max_score"]
         _check_spaces(obs_space, action_space, name, check_bounds=env_id is None)
-    elif name in D4RL:
-        d4rl_env, kwargs = D4RL_ENVS[name.split("/")[1].split("-")[0]]
-        env_spec = replace(gym.spec(d4rl_env), kwargs=kwargs)
+    else:
+        source, version, read = str(path), _version(path), lambda: _read_flat(path)
+        if name in D4RL:
+            d4rl_env, kwargs = D4RL_ENVS[name.split("/")[1].split("-")[0]]
+            env_spec = replace(gym.spec(d4rl_env), kwargs=kwargs)
     if env_id is not None:
-        env_spec, obs_space, action_space = _make_spaces(env_id)
+        env_spec, obs_space, action_space = make_spaces(env_id)
     if env_spec is not None and env_spec.max_episode_steps is None:
         env_spec = replace(env_spec, max_episode_steps=MOST_STEPS)
-    ref_scores = ref_scores or _ref_scores(env_spec)
-
-    def read() -> dict[str, np.ndarray]:
-        rows = _read_minari(minari_set, path) if minari_set is not None else _read_flat(path)
-        return _transitions(rows, classic_successors, path)
-
-    arrays = _cached(path, classic_successors, read)
+    ref_scores = ref_scores or ref_scores_of(env_spec)
+    arrays = _cached(version, lambda: _transitions(read(), source))
     obs, action = arrays["obs"], arrays["action"]
     for what, array, space in (("observations", obs, obs_space), ("actions", action, action_space)):
         if space is not None and space.shape != array.shape[1:]:
-            raise InputError(
-                f"{name} has {what} of {array.shape[1]} numbers but {env_id} has {space.shape[0]}: choose the "
-                "environment that the data were recorded in (--env-id)."
-            )
+            counts = f"{name} has {what} of {array.shape[1]} numbers but {env_id} has {space.shape[0]}"
+            raise InputError(f"{counts}: choose the environment that the data were recorded in (--env-id).")
     if action_space is None:  # nothing known about the environment: assume D4RL's convention
         action_space = gym.spaces.Box(-1.0, 1.0, (action.shape[1],))
     low, high = action_space.low.astype(np.float32), action_space.high.astype(np.float32)
@@ -180,17 +163,15 @@ def load_dataset(
     data_hash = hashlib.blake2b(str(arrays["data_hash"]).encode() + low.tobytes() + high.tobytes(), digest_size=16)
     names = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")
     return OfflineDataset(
-        name=name, source=f"Minari dataset in {path}" if minari_set is not None else str(path),
-        **{key: torch.from_numpy(arrays[key]).to(device) for key in names}, episode_returns=arrays["episode_returns"],
-        action_low=low, action_high=high, env_spec=env_spec, ref_scores=ref_scores, data_hash=data_hash.hexdigest(),
+        name=name, source=source, **{key: torch.from_numpy(arrays[key]).to(device) for key in names},
+        episode_returns=arrays["episode_returns"], action_low=low, action_high=high,
+        env_spec=env_spec, ref_scores=ref_scores, data_hash=data_hash.hexdigest(),
     )  # fmt: skip
 
 
 # --- Where the data are ---
 def _find(name: str) -> Path:
     """The file of flat arrays, or the data folder of a Minari dataset, that `name` stands for."""
-    if name == DEFAULT_DATASET:
-        return record_random("Pendulum-v1", DEFAULT_DATASET, num_steps=20_000, seed=0) / "data"
     path = Path(name).expanduser()
     if path.suffix in (".hdf5", ".h5", ".npz") or path.is_file():
         if not path.is_file():
@@ -198,13 +179,13 @@ def _find(name: str) -> Path:
         if path.suffix not in (".hdf5", ".h5", ".npz"):
             raise InputError(f"{path} is neither .hdf5, .h5 nor .npz: convert it to one of them, with D4RL's keys.")
         return path
-    for find in (lambda: path / "data", lambda: path, lambda: _minari_folder() / name / "data"):
+    for find in (lambda: path / "data", lambda: path, lambda: minari_folder() / name / "data"):
         if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
     return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
 
 
-def _minari_folder() -> Path:
+def minari_folder() -> Path:
     """Where Minari has its datasets; it is made."""
     try:
         return get_dataset_path()
@@ -214,12 +195,12 @@ def _minari_folder() -> Path:
 
 
 @contextmanager
-def _put_into_minari(dataset_id: str) -> Iterator[None]:
+def put_into_minari(dataset_id: str) -> Iterator[None]:
     """Inside, Minari writes to a folder of its own; at the end the dataset is moved to the others, whole.
 
     Two processes may do so at once and either may be killed.
     """
-    root, usual_root = _minari_folder(), os.environ.get("MINARI_DATASETS_PATH")
+    root, usual_root = minari_folder(), os.environ.get("MINARI_DATASETS_PATH")
     try:
         # Minari lists no hidden folders, and its own root is the only way to say where to write
         with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder:
@@ -240,7 +221,7 @@ def _put_into_minari(dataset_id: str) -> Iterator[None]:
 
 def _download(name: str) -> Path:
     """Downloads a Minari dataset; fails at once when its remote cannot be reached. Returns its data folder."""
-    root = _minari_folder()
+    root = minari_folder()
     try:
         if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
             # Minari retries for half a minute before it gives up: one short request, through the library's own
@@ -251,7 +232,7 @@ def _download(name: str) -> Path:
             get_session().head(constants.ENDPOINT, timeout=5)
         with FileLock(root / ".downloading.lock"):
             if not (root / name / "data").exists():  # else another process was faster
-                with _put_into_minari(name):
+                with put_into_minari(name):
                     minari.download_dataset(name)
         return root / name / "data"
     except Exception as error:  # malformed or unknown id, no network, no space: the user needs the same hint
@@ -265,13 +246,16 @@ def _download(name: str) -> Path:
     )
 
 
-def _cached(path: Path, classic: bool, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """read(), or its result from the cache while the file is the same: 20,000 Minari episodes take ten seconds to read
-    and D4RL's files are compressed, flat arrays load in a fraction of a second."""
+def _version(path: Path) -> str:
+    """Another string when the file is another one, or was changed."""
     main_file = next((path / n for n in ("main_data.hdf5", "metadata.json") if (path / n).exists()), path).resolve()
-    stat = main_file.stat()
-    key = f"{main_file}|{stat.st_size}|{stat.st_mtime_ns}|{classic}|{CACHE_VERSION}"
-    cache_file = cache_dir() / "datasets" / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+    return f"{main_file}|{main_file.stat().st_size}|{main_file.stat().st_mtime_ns}"
+
+
+def _cached(version: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """read(), which may take ten seconds, or its result from the cache, which loads in a fraction of one."""
+    key = hashlib.blake2b(f"{version}|{CACHE_VERSION}".encode(), digest_size=16).hexdigest()
+    cache_file = cache_dir() / "datasets" / f"{key}.npz"
     try:
         with np.load(cache_file) as cached:  # a zip file: every array carries a checksum
             return {name: cached[name] for name in cached.files}
@@ -293,6 +277,20 @@ def _cached(path: Path, classic: bool, read: Callable[[], dict[str, np.ndarray]]
 
 
 # --- Reading: n recorded rows under D4RL's keys, and episode_end, which marks the last row of each episode ---
+def _random_pendulum() -> dict[str, np.ndarray]:
+    """The embedded default: 100 episodes of uniformly random actions, made in half a second."""
+    env, steps = gym.make("Pendulum-v1"), []
+    env.action_space.seed(0)
+    obs, _ = env.reset(seed=0)
+    for _ in range(20_000):
+        action = env.action_space.sample()
+        next_obs, reward, terminal, timeout, _ = env.step(action)
+        steps.append((obs, action, np.float32(reward), next_obs, terminal, timeout, timeout))
+        obs = env.reset()[0] if timeout else next_obs
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", "episode_end")
+    return dict(zip(keys, map(np.array, zip(*steps))))
+
+
 def _read_flat(path: Path) -> dict[str, np.ndarray]:
     keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     with _readable(path), np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
@@ -369,27 +367,21 @@ def _check_finite(rows: dict[str, np.ndarray], path: Path) -> None:
             raise InputError(f"{path} has NaN or infinite {key} in row {np.argmin(finite)}: remove that episode.")
 
 
-def _transitions(rows: dict[str, np.ndarray], classic: bool, path: Path) -> dict[str, np.ndarray]:
+def _transitions(rows: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
     """Returns the arrays of OfflineDataset, actions still in the environment's units."""
-    obs, next_obs, terminal, episode_end = (
-        rows.get(key) for key in ("observations", "next_observations", "terminals", "episode_end")
-    )
-    n = len(obs)
+    obs, next_obs = rows["observations"], rows.get("next_observations")
+    terminal, episode_end, n = rows["terminals"], rows["episode_end"], len(obs)
     if n == 0:
-        raise InputError(f"{path} is empty: it has no rows.")
+        raise InputError(f"{source} is empty: it has no rows.")
     episode_end[-1] = True
     episode = np.cumsum(episode_end) - episode_end  # (n,) index of each row's episode
     starts = np.flatnonzero(np.diff(episode, prepend=-1))
     known = keep = np.ones(n, bool)
-    if classic:
-        keep = ~rows["timeouts"]
-        keep[-1] = False
-    elif next_obs is None:
+    if next_obs is None:
         known = ~episode_end
         keep = known | terminal  # the others' successor is needed and was not recorded
-    if not keep.any():
-        raise InputError(f"{path} is empty: no row has a known successor; record next_observations.")
-    if classic or next_obs is None:
+        if not keep.any():
+            raise InputError(f"{source} is empty: no row has a known successor; record next_observations.")
         next_obs = obs[(np.arange(n) + known)[keep]]  # where the successor is unknown: itself, as placeholder
     every_row = slice(None) if keep.all() else keep  # no copies when nothing is dropped
     return dict(
@@ -401,7 +393,7 @@ def _transitions(rows: dict[str, np.ndarray], classic: bool, path: Path) -> dict
 
 
 # --- Environments ---
-def _make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
+def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     """Spec, observation space and action space of a registered environment, "Name-v0" or "package:Name-v0"."""
     try:
         module, _, registered_id = env_id.rpartition(":")
@@ -438,12 +430,12 @@ def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str, chec
                 f"{name} has {what} in {space}: only vectors are supported, as observations also dictionaries of float "
                 "vectors, but not discrete or image."
             )
-    low, high = action_space.low, action_space.high
-    if check_bounds and not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+    if check_bounds and not (action_space.is_bounded() and (action_space.low < action_space.high).all()):
         raise InputError(f"{name} has actions in {action_space}: give an environment with finite bounds by --env-id.")
 
 
-def _ref_scores(env_spec: EnvSpec | None) -> tuple[float, float] | None:
+def ref_scores_of(env_spec: EnvSpec | None) -> tuple[float, float] | None:
+    """(random, expert), where they are known."""
     return REF_SCORES.get(env_spec.name) if env_spec is not None and env_spec.namespace is None else None
 
 
@@ -456,61 +448,3 @@ def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, na
         counts = f"{num_outside:,} of {len(action):,}"
         print(f"warning: {counts} actions in {name} lie outside the box and were clipped to it", file=sys.stderr)
     np.clip(action, -1.0, 1.0, out=action)
-
-
-# --- Recording ---
-def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int, **env_kwargs) -> Path:
-    """Records uniformly random actions as a local Minari dataset, with reference scores where they are known.
-
-    Does nothing when `dataset_id` exists. Returns its folder. Raises InputError for an unknown environment or an
-    unwritable folder.
-    """
-    target = _minari_folder() / dataset_id
-    if target.exists():
-        return target
-    env = gym.make(_make_spaces(env_id)[0], **env_kwargs)
-    card = {"num_steps": num_steps, "seed": seed}
-    return write_dataset(dataset_id, _random_episodes(env, num_steps, seed), env, "uniformly random", card)
-
-
-def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.Env, policy: str, card: dict) -> Path:
-    """Writes episodes as a local Minari dataset, with the reference scores of `env` where they are known.
-
-    It appears complete or not at all, so two processes may write it at once and either may be killed. `policy` and
-    `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
-    """
-    target = _minari_folder() / dataset_id
-    low, high = _ref_scores(env.spec) or (None, None)
-    try:
-        with _put_into_minari(dataset_id), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name
-            minari.create_dataset_from_buffers(
-                dataset_id, episodes, env=env, ref_min_score=low, ref_max_score=high, algorithm_name=policy,
-                description=json.dumps(card),
-            )  # fmt: skip
-    except (OSError, ValueError) as error:  # ValueError: an id that Minari does not take
-        if not target.exists():  # else another process was faster between looking and moving
-            raise InputError(f"Cannot record {target} ({error}): is MINARI_DATASETS_PATH writable?") from error
-    finally:
-        env.close()
-    return target
-
-
-def _random_episodes(env: gym.Env, num_steps: int, seed: int) -> Iterator[EpisodeBuffer]:
-    env.action_space.seed(seed)
-    recorded = 0
-    with tqdm(total=num_steps, desc=f"recording {env.spec.id}", unit="step", disable=None) as progress:
-        while recorded < num_steps:
-            obs, _ = env.reset(seed=seed if recorded == 0 else None)
-            observations, steps, done = [obs], [], False
-            while not done:
-                action = env.action_space.sample()
-                obs, reward, terminated, truncated, _ = env.step(action)
-                recorded += 1
-                truncated = truncated or (recorded == num_steps and not terminated)  # the recording stops here
-                observations.append(obs)
-                steps.append((action, reward, terminated, truncated))
-                done = terminated or truncated
-            progress.update(len(steps))
-            columns = dict(zip(("actions", "rewards", "terminations", "truncations"), map(np.array, zip(*steps))))
-            yield EpisodeBuffer(observations=np.array(observations), **columns)

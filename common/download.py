@@ -29,6 +29,11 @@ D4RL = {  # bytes and the first 16 hex digits of the SHA-256 of each file
     "d4rl/walker2d-medium-expert-v2": (462197079, "6b8d7f868c45bbae"),
     "d4rl/walker2d-expert-v2": (230567195, "2985dc3d436a8baa"),
 }
+D4RL_ENVS = {  # to evaluate in, by the first word of the name: id and settings
+    "halfcheetah": ("HalfCheetah-v5", {}),
+    "hopper": ("Hopper-v5", {}),
+    "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),  # its right foot slips as in v2; v5's own grips
+}
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 60  # seconds: no network shows at once, a slow server may pause
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.dataset import InputError, OfflineDataset, cache_dir
-from common.dynamics import alone_with, rounds_products, save
+from common.dynamics import make_once, rounds_products, save
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
 HOLDOUT_INTERVAL = 500  # updates
@@ -53,15 +53,9 @@ def load_or_train(
     with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
         torch.manual_seed(seed)
         net = make().to(rows.device)
-    verb = "reused"
-    if not file.is_file():
-        with alone_with(file, f"pretrained  another process is training this {name}: waiting for it"):
-            if not file.is_file():
-                start = time.monotonic()
-                holdout = _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile, file)
-                save(file, {"net": net.state_dict(), "holdout": holdout})
-                file.with_suffix(f".{rows.device.type}.partial").unlink(missing_ok=True)
-                verb = f"trained in {time.monotonic() - start:.0f} s"
+    verb = make_once(
+        file, "pretrained", lambda: _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile, file)
+    )
     try:
         state = torch.load(file, map_location=rows.device, weights_only=True)
         net.load_state_dict(state["net"])
@@ -71,8 +65,8 @@ def load_or_train(
     return net.requires_grad_(False)
 
 
-def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile, file: Path) -> float:
-    """Leaves the best weights in `net` and returns their holdout loss. Saves its state about once a minute."""
+def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile, file: Path) -> None:
+    """Writes the best weights and their holdout loss to `file`. Saves its state about once a minute."""
     device, partial = rows.device, file.with_suffix(f".{rows.device.type}.partial")
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device=device)
@@ -114,5 +108,5 @@ def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: fl
                 save(partial, state | {"best": best, "lowest": lowest, "update": i})
                 saved = time.monotonic()
     bar.close()
-    net.load_state_dict(best)
-    return lowest
+    save(file, {"net": best, "holdout": lowest})
+    partial.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ Nothing here decides what a policy becomes; device, threads, compiling and preci
 """
 
 import csv
-import ctypes
 import importlib.metadata
 import inspect
 import io
@@ -40,18 +39,14 @@ from tqdm import tqdm
 
 from common import InputError
 from common.dataset import OfflineDataset
-from common.dynamics import rounds_products, save
+from common.dynamics import save
+from common.machine import compiled, keep_freed_memory, set_matmul_precision
 
 RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other numbers at 0
     **dict.fromkeys(("seed", "num_threads", "warm_start_updates"), (0, math.inf)),
     **dict.fromkeys(("gamma", "tau", "real_ratio", "expectile", "top_fraction", "policy_share", "gae_lambda"), (0, 1)),
     "target_entropy": (-math.inf, math.inf), "momentum": (0, 0.999), "init_std": (1e-3, math.inf),
 }  # fmt: skip
-MAY_CHANGE = (
-    "dataset",
-    "env_id",
-    "num_updates",
-)  # when a run goes on, beside RunArgs: the data are known by their hash
 
 
 @dataclass
@@ -89,22 +84,25 @@ def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
     else:
         d4rl_name = f"d4rl/{Path(args.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
         base = tuned.get(args.dataset) or tuned.get(d4rl_name, {})
-    args, origin = tyro.cli(Args, default=replace(Args(), **base)), "the resumed run" if resumed else "TUNED"
-    free = {*(field.name for field in fields(RunArgs)), *MAY_CHANGE}
+    args = tyro.cli(Args, default=replace(Args(), **base))
+    origin = "the resumed run" if resumed else "TUNED for this dataset"
+    # what may change when a run goes on; other data are noticed by their hash
+    free = {"dataset", "env_id", "num_updates", *(field.name for field in fields(RunArgs))}
     for field in fields(Args):
         name, value = field.name, getattr(args, field.name)
-        flag, shown = "--" + name.replace("_", "-"), " ".join(map(str, value)) if type(value) is tuple else value
-        least, most = RANGES.get(name, (1 if type(value) in (int, tuple) else 0, math.inf))
-        for number in value if type(value) is tuple else [value] if type(value) in (int, float) else []:
-            if not least <= number <= most:
+        flag, numbers = "--" + name.replace("_", "-"), value if type(value) is tuple else (value,)
+        least, most = RANGES.get(name, (0 if type(numbers[0]) is float else 1, math.inf))
+        for number in numbers:
+            if type(number) in (int, float) and not least <= number <= most:
                 bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
                 raise InputError(f"{flag} must be {bounds}, not {number}")
         if resumed and name not in free and value != resumed[name]:
             raise InputError(
-                f"{flag} is {resumed[name]} in {args.resume} and cannot change: leave it out, or start anew"
+                f"{flag} is {resumed[name]} in this run and decides its policy: leave it out or start anew"
             )
         if value != field.default or value != base.get(name, value):
-            print(f"setting     {flag} {shown} ({origin if base.get(name) == value else 'command line'})")
+            where = origin if base.get(name) == value else "command line"
+            print(f"setting     {flag} {' '.join(map(str, numbers))} ({where})")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
     return args
@@ -130,48 +128,47 @@ def algo(Args: type[RunArgs]) -> str:
     return Path(sys.modules[Args.__module__].__file__).stem
 
 
+def make_folder(args: RunArgs) -> Path:
+    """A new folder for a new run, the old one for a resumed run; its name is printed."""
+    name = f"{args.dataset.strip('/').replace('/', '-')}__{algo(type(args))}__{args.seed}"
+    name += f"__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path(args.resume or Path(args.run_dir, args.run_name or name))
+    if not args.resume and (folder / "config.json").exists():
+        raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json.tmp").touch()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --run-dir") from None
+    print(f"run         {folder}")
+    return folder
+
+
 class Run:
     """Folder, device and curves of one training."""
 
     def __init__(self, args: RunArgs):
         self.args, self.algo, self.start, self.stop = args, algo(type(args)), time.monotonic(), False
         self.progress = {"update": 0, "seconds": 0.0, "history": [], "notes": {}}
-        if hasattr(sys.stdout, "reconfigure"):
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
             sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
-        self.folder = self._make_folder()
+        self.folder = make_folder(args)
         self.resumes = bool(args.resume) and (self.folder / "checkpoint.pt").exists()
-        print(f"run         {self.folder}")
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         torch.set_num_threads(args.num_threads or min(4, torch.get_num_threads()))
         set_matmul_precision(args.matmul_precision, self.device)
         keep_freed_memory()
-
-    def _make_folder(self) -> Path:
-        args, now = self.args, datetime.now()
-        name = f"{args.dataset.strip('/').replace('/', '-')}__{self.algo}__{args.seed}__{now:%Y%m%d-%H%M%S-%f}"
-        folder = Path(args.resume or Path(args.run_dir) / (args.run_name or name))
-        if not args.resume and (folder / "config.json").exists():
-            raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json.tmp").touch()
-        except OSError as error:
-            raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --run-dir") from None
-        return folder
+        self.compiled = lambda function: compiled(function, self.device) if args.compile else function
 
     def open(self, data: OfflineDataset) -> None:
         """Before anything expensive: can the policy be evaluated?"""
         self.data, self.envs = data, make_envs(data, self.args.eval_episodes)
         print(data.summary())
 
-    def compiled(self, function: Callable) -> Callable:
-        """`function` as one graph, unless --no-compile."""
-        return compiled(function, self.device) if self.args.compile else function
-
     def updates(self, **modules: nn.Module) -> Iterator[int]:
         """1 .. num_updates, or from where a resumed run was; `modules` are all that training changes.
 
-        After an update, where one is due or Ctrl-C asked for it, everything is saved, random states included.
+        Where a checkpoint is due or Ctrl-C asked for one, everything is saved after the update, random states included.
         """
         if self.resumes:
             self._restore(modules)
@@ -183,9 +180,8 @@ class Run:
         try:
             for i in range(first + 1, last + 1):
                 if i == first + 3:  # the first two compile and would spoil the time that the bar foresees
-                    interval = 0.1 if sys.stderr.isatty() else 30
-                    look = {"unit": "update", "mininterval": interval, "smoothing": 0, "leave": False}
-                    bar = tqdm(desc=self.algo, initial=i - 1, total=last, **look)
+                    look = {"unit": "update", "mininterval": 0.1 if sys.stderr.isatty() else 30, "smoothing": 0}
+                    bar = tqdm(desc=self.algo, initial=i - 1, total=last, leave=False, **look)
                 self.progress["update"] = i
                 yield i
                 if bar is not None:
@@ -218,9 +214,8 @@ class Run:
 
     def evaluates(self) -> bool:
         """Whether an evaluation is due after this update."""
-        return (
-            self.progress["update"] % self.args.eval_interval == 0 or self.progress["update"] == self.args.num_updates
-        )
+        i = self.progress["update"]
+        return i % self.args.eval_interval == 0 or i == self.args.num_updates
 
     def evaluate(self, policy, info: dict[str, Tensor], line: str) -> None:
         """Where it is due: a row of progress.csv, TensorBoard, and a printed line that ends with `line`, filled."""
@@ -228,8 +223,8 @@ class Run:
             return
         i, history = self.progress["update"], self.progress["history"]
         returns = evaluate(policy, self.envs, self.data, [self.args.seed, i]) if self.envs else np.array([math.nan])
-        row = {"update": i, "seconds": time.monotonic() - self.start}
-        row |= {"updates_per_second": (i - self.mark[0]) / (time.monotonic() - self.mark[1])}
+        now, (last, then) = time.monotonic(), self.mark
+        row = {"update": i, "seconds": now - self.start, "updates_per_second": (i - last) / (now - then)}
         row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
         row |= {"normalised_score": float(self.data.normalised_score(returns.mean()))}
         history.append(row := row | self.progress["notes"] | {name: value.item() for name, value in info.items()})
@@ -240,8 +235,8 @@ class Run:
         table.writeheader()
         table.writerows(history)
         write_text(self.folder / "progress.csv", text.getvalue())
-        score = f"normalised {row['normalised_score']:6.1f}  {line.format(**row)}"
-        tqdm.write(f"update {i:>9,}  return {returns.mean():8.1f} ± {returns.std():<6.1f}  {score}")
+        score = "return {return_mean:8.1f} ± {return_std:<6.1f}  normalised {normalised_score:6.1f}  "
+        tqdm.write(f"update {i:>9,}  " + (score + line).format(**row))
         self.mark = i, time.monotonic()
 
     def finish(self, policy: nn.Module) -> None:
@@ -253,11 +248,10 @@ class Run:
         what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes, **box}
         save(self.folder / "policy.pt", what | {"config": (self.folder / "config.json").read_text()})
         if self.envs and history:
-            last = history[-self.args.score_evals :]
+            last, line = history[-self.args.score_evals :], "{:<11} {:.1f} (normalised {:.1f}), mean of the {}"
             score, behaviour = np.mean([row["return_mean"] for row in last]), data.episode_returns.mean()
-            last_mean, data_mean = f"mean of the last {len(last)} evaluations", "mean of the data's episodes"
-            for name, value, what in (("score", score, last_mean), ("behaviour", behaviour, data_mean)):
-                print(f"{name:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), {what}")
+            print(line.format("score", score, data.normalised_score(score), f"last {len(last)} evaluations"))
+            print(line.format("behaviour", behaviour, data.normalised_score(behaviour), "data's episodes"))
         print(f"run         {self.folder}\ncurves      tensorboard --logdir {self.args.run_dir}")
 
     def _write_config(self) -> None:
@@ -352,51 +346,3 @@ def evaluate(policy, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: lis
         returns += reward * running
         running &= ~(terminated | truncated)
     return returns
-
-
-# --- Speed ---
-def keep_freed_memory() -> None:
-    """Asks glibc to keep what is freed. It hands large buffers back to Linux, which zeroes each page of the next ones.
-
-    At every update: up to a quarter of the time of a large one.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer in a mapping of its own
-
-
-def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """Of float32 products. "medium" on a CPU means oneDNN, on AMD twice as fast as the MKL of the other settings.
-
-    oneDNN rounds to bfloat16 only where the CPU has AMX; elsewhere it stays exact and is taken whatever the setting.
-    """
-    torch.set_float32_matmul_precision("medium")
-    if device.type != "cpu" or rounds_products(device):
-        torch.set_float32_matmul_precision(precision)
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had.
-
-    On a GPU it is a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites.
-    """
-    dynamo = torch._dynamo
-    if not hasattr(dynamo.config, "trace_autograd_ops"):
-        print(f"compile     needs torch 2.13, this is {torch.__version__}: going on eagerly and slower")
-        return function
-    dynamo.config.trace_autograd_ops = True
-    # the compiler counts graphs by this object and refuses the ninth, that of the ninth run in a notebook
-    function.__code__ = function.__code__.replace()
-    mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
-
-    def call(*inputs: Tensor):
-        nonlocal graph
-        try:
-            graph = graph or torch.compile(function, fullgraph=True, mode=mode)
-            return graph(*inputs)
-        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
-            print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
-            graph = function
-            return function(*inputs)
-
-    return call

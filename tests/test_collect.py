@@ -1,14 +1,23 @@
 """benchmarks/collect.py: episodes of exactly as many steps as asked for, grades, the committed policies, resuming."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import minari
 import numpy as np
 import pytest
 import torch
 
 from algos import mopo
 from benchmarks import collect
-from common.dataset import InputError, load_dataset
+from benchmarks.collect import Args, record_random
+from common import InputError
+from common.dataset import load_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +34,7 @@ def private_folders(tmp_path, monkeypatch):
 def test_play_gives_as_many_steps_as_asked_for_in_whole_or_cut_episodes(num_steps):
     env = collect.ENVS["hopper"]
     torch.manual_seed(0)
-    episodes = list(collect.play(mopo.Actor(11, 3), env, num_steps, seed=0))
+    episodes = list(collect.play(mopo.Actor(11, 3, (64, 64)), env, num_steps, seed=0))
     assert sum(len(e.rewards) for e in episodes) == num_steps
     for e in episodes:
         assert len(e.observations) == len(e.rewards) + 1
@@ -35,6 +44,66 @@ def test_play_gives_as_many_steps_as_asked_for_in_whole_or_cut_episodes(num_step
         assert healthy[:-1].all() and healthy[-1] == (not e.terminations[-1])  # the last observation is the true one
 
 
+# --- Random actions in any environment ---
+def test_random_recording_is_seeded_and_may_stop_inside_an_episode(tmp_path):
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        record_random("Hopper-v5", f"toy/{name}-v0", num_steps=130, seed=seed)
+    one, two, three = (load_dataset(f"toy/{name}-v0") for name in ("one", "two", "three"))
+    assert len(one.obs) == 130 and one.data_hash == two.data_hash != three.data_hash
+    assert one.ref_scores == (-20.272305, 3234.3) and one.env_spec.id == "Hopper-v5"
+    assert os.environ["MINARI_DATASETS_PATH"] == str(tmp_path / "minari")
+
+
+def test_recording_leaves_nothing_half_done_under_its_name(tmp_path):
+    call = "c.record_random('Pendulum-v1', 'toy/twice-v0', num_steps=400, seed=0)"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = f"import os, benchmarks.collect as c; c.play_random = lambda *_: os._exit(9); {call}"
+    assert subprocess.run([sys.executable, "-c", killed], env=environ).returncode == 9
+    assert not (tmp_path / "minari" / "toy" / "twice-v0").exists() and minari.list_local_datasets() == {}
+    command = [sys.executable, "-c", f"import benchmarks.collect as c; {call}"]
+    both = [subprocess.Popen(command, env=environ) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(load_dataset("toy/twice-v0").obs) == 400 and list(minari.list_local_datasets()) == ["toy/twice-v0"]
+
+
+def test_the_slower_of_two_recorders_accepts_what_the_faster_one_made(monkeypatch):
+    real_rename = os.rename
+
+    def rename_after_the_other(source, target):
+        Path(target).mkdir()
+        Path(target, "data").mkdir()
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_after_the_other)
+    assert (record_random("Pendulum-v1", "toy/race-v0", num_steps=200, seed=0) / "data").exists()
+
+
+def test_any_environment_is_recorded_under_a_name_of_its_own(capsys):
+    args = Args(env_id="Pendulum-v1", dataset_id="toy/mine-v1", num_steps=250)
+    collect.main(args)
+    assert "toy/mine-v1: Minari dataset in " in (out := capsys.readouterr().out) and "2 episodes, 250 steps" in out
+    with pytest.raises(InputError, match="toy/mine-v1 exists already: choose another id, or remove /"):
+        collect.main(args)
+
+
+@pytest.mark.parametrize("args, words", [
+    (Args(env_id="Pendulum-v1"), "a --dataset-id that ends in -v and a number"),
+    (Args(env_id="Pendulum-v1", dataset_id="toy/mine"), "a --dataset-id that ends in -v and a number"),
+    (Args(dataset_id="toy/mine-v0"), "need an --env-id"),
+    (Args(env_id="Pendulum-v1", dataset_id="toy/mine-v0", train=True), "not both"),
+    (Args(env_id="Pendulum-v1", dataset_id="toy/mine-v0", num_steps=0), "must be at least 1"),
+    (Args(env_id="Pendulm-v1", dataset_id="toy/mine-v0"), "Cannot make environment 'Pendulm-v1'"),
+    (Args(env_id="CartPole-v1", dataset_id="toy/mine-v0"), "not discrete"),
+    (Args(env_id="Pendulum-v1", dataset_id="to y/mine-v0", num_steps=1), "Cannot record .*to y/mine-v0"),
+    (Args(grades=("medium-replay",)), "add --train"),
+])  # fmt: skip
+def test_what_cannot_be_recorded_is_said_in_one_sentence(args, words):
+    with pytest.raises(InputError, match=words) as error:
+        collect.main(args)
+    assert "\n" not in str(error.value) and minari.list_local_datasets() == {}
+
+
+# --- Grades ---
 def test_medium_is_the_first_in_its_range_and_expert_the_best():
     env = replace(collect.ENVS["hopper"], medium=(1_000, 1_500))
     snapshots = [{"step": i, "return": r} for i, r in enumerate([50, 900, 1_700, 1_200, 1_100, 3_300, 3_000])]

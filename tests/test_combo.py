@@ -2,26 +2,42 @@
 
 import copy
 import math
-import os
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch._inductor.config
+from test_mopo import (
+    ACTION_DIM,
+    BATCH,
+    OBS_DIM,
+    REWARD,
+    TERMINAL,
+    as_rows,
+    changed,
+    never,
+    numpy_actor,
+    numpy_mlp,  # noqa: F401, for those who take the helpers from here
+    numpy_q,
+    plain_mlp,
+    random_batch,
+    small_args,
+    snapshot,
+)
 from torch import nn
 
 import algos.combo as combo
+import algos.cql as cql
 import algos.mobile as mobile
+import algos.mopo as mopo
 from common.dataset import InputError
 from common.dynamics import Dynamics
 
-OBS_DIM, ACTION_DIM, BATCH, K = 3, 2, 16, 4
-REWARD, TERMINAL = OBS_DIM + ACTION_DIM, 2 * OBS_DIM + ACTION_DIM + 1  # columns of a row
+K = 4  # draws of each of the three kinds
+ARGS = small_args(combo)
 
 
-# --- Helpers, for test_cql.py too ---
+# --- Helpers, for other scripts' tests too ---
 def random_agent(algo, args, dtype=torch.float64):
     """With a target critic that differs from the critic, and Q values of different sizes."""
     torch.manual_seed(0)
@@ -34,44 +50,12 @@ def random_agent(algo, args, dtype=torch.float64):
     return agent
 
 
-def random_batch(dtype=torch.float64, seed: int = 1, batch: int = BATCH) -> list[torch.Tensor]:
+def random_noise(dtype=torch.float64, seed: int = 2, batch: int = BATCH) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    obs, next_obs = torch.randn(2, batch, OBS_DIM, generator=generator, dtype=dtype)
-    action = torch.rand(batch, ACTION_DIM, generator=generator, dtype=dtype) * 2 - 1
-    reward = torch.randn(batch, generator=generator, dtype=dtype) * 5
-    return [obs, action, reward, next_obs, (torch.arange(batch) % 3 == 0).to(dtype)]
-
-
-def random_noise(dtype=torch.float64, seed: int = 2, batch: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
-    """For `update`: noise (2, batch, action_dim) and proposal_noise (3, K, batch, action_dim)."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(2, batch, ACTION_DIM, generator=generator, dtype=dtype)
-    proposal_noise = torch.randn(3, K, batch, ACTION_DIM, generator=generator, dtype=dtype)
-    proposal_noise[0].uniform_(-1, 1, generator=generator)
-    return noise, proposal_noise
-
-
-def as_rows(batch: list[torch.Tensor]) -> torch.Tensor:
-    return combo.flat_rows(SimpleNamespace(**dict(zip(("obs", "action", "reward", "next_obs", "terminal"), batch))))
-
-
-def numpy_mlp(x: np.ndarray, p: list[np.ndarray]) -> np.ndarray:
-    for weight, bias in zip(p[:-2:2], p[1:-2:2]):
-        x = np.maximum(x @ weight + bias, 0.0)
-    return x @ p[-2] + p[-1]
-
-
-def numpy_actor(actor, obs: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The density of a normal divided by the derivative of tanh, as written in any textbook."""
-    out = numpy_mlp(obs, [p.detach().numpy().T for p in actor.parameters()])
-    mean, std = out[:, :ACTION_DIM], np.exp(np.clip(out[:, ACTION_DIM:], -5, 2))
-    x = mean + std * noise
-    density = np.exp(-(((x - mean) / std) ** 2) / 2) / (std * np.sqrt(2 * np.pi))
-    return np.tanh(x), (np.log(density) + 2 * np.log(np.cosh(x))).sum(1)
-
-
-def numpy_q(critic, j: int, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
-    return numpy_mlp(np.concatenate([obs, action], 1), [p[j].detach().numpy() for p in critic.parameters()])[:, 0]
+    draws = torch.randn(2, batch, ACTION_DIM, generator=generator, dtype=dtype)
+    proposals = torch.randn(3, K, batch, ACTION_DIM, generator=generator, dtype=dtype)
+    proposals[0].uniform_(-1, 1, generator=generator)
+    return dict(zip(("next_action", "action"), draws)) | {"proposals": proposals}
 
 
 def numpy_gap(q: np.ndarray, log_density: np.ndarray, q_data: np.ndarray, lse: str) -> float:
@@ -86,18 +70,18 @@ def numpy_gap(q: np.ndarray, log_density: np.ndarray, q_data: np.ndarray, lse: s
     return sum(values) / len(values) - sum(q_data) / len(q_data)
 
 
-def numpy_critic_loss(agent, batch, noise, proposal_noise, gamma, first: int, num_real: int, coef: float, lse: str):
-    """TD loss without entropy plus coef * gap of both critics, and that gap; pushed down from row `first` on."""
+def numpy_critic_loss(agent, batch, noise, gamma, first: int, num_real: int, coef: float, lse: str, alpha: float = 0.0):
+    """TD loss plus coef * gap of both critics, and that gap; pushed down from row `first` on."""
     obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
-    next_action, _ = numpy_actor(agent.actor, next_obs, noise.numpy())
+    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, noise["next_action"].numpy())
     next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
-    target = np.where(terminal == 1, reward, reward + gamma * next_value)
+    target = np.where(terminal == 1, reward, reward + gamma * (next_value - alpha * next_log_prob))
     loss = gaps = 0.0
     for j in (0, 1):
         q = np.empty((3, K, len(obs) - first))
         log_density = np.full_like(q, math.log(0.5**ACTION_DIM))
         for k in range(K):
-            uniform, normal, next_normal = proposal_noise[:, k].numpy()
+            uniform, normal, next_normal = noise["proposals"][:, k].numpy()
             sampled, log_density[1, k] = (x[first:] for x in numpy_actor(agent.actor, obs, normal))
             next_sampled, log_density[2, k] = (x[first:] for x in numpy_actor(agent.actor, next_obs, next_normal))
             for i, a in enumerate((uniform[first:], sampled, next_sampled)):
@@ -109,34 +93,8 @@ def numpy_critic_loss(agent, batch, noise, proposal_noise, gamma, first: int, nu
     return loss, gaps
 
 
-def critic_loss(agent, batch, noise, proposal_noise, first=0, num_real=6, coef=0.7, lse="all", gamma=0.9):
-    proposed = combo.proposals(agent.actor, batch[0][first:], batch[3][first:], proposal_noise[:, :, first:])
-    nets = agent.critic, agent.target_critic, agent.actor
-    return combo.critic_loss(*nets, batch, noise, gamma, *proposed, num_real, coef, lse)
-
-
-def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
-    """Which parts of an agent are not what they were."""
-    state = module.state_dict()
-    return {name.split(".")[0] for name in state if not torch.equal(state[name], before[name])}
-
-
-def plain_mlp(p: list[torch.Tensor]) -> nn.Sequential:
-    """p: weights (out_dim, in_dim) and biases in turns."""
-    modules = []
-    for weight, bias in zip(p[::2], p[1::2]):
-        linear = nn.Linear(*weight.T.shape).double()
-        linear.load_state_dict({"weight": weight.detach().clone(), "bias": bias.detach().flatten().clone()})
-        modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
-
-
 class PlainLearner:
-    """SAC without entropy in its target, plus CQL(H)'s term; two critic networks, torch.distributions, backward().
+    """SAC, mostly without entropy in its target, plus CQL(H)'s term; two critics, torch.distributions, backward().
 
     Every state and sampled action is repeated and goes through the networks on its own.
     """
@@ -161,16 +119,17 @@ class PlainLearner:
         x = normal.mean + normal.stddev * noise
         return torch.tanh(x), (normal.log_prob(x) + 2 * torch.log(torch.cosh(x))).sum(dim=1)
 
-    def update(self, batch, noise, proposal_noise):
+    def update(self, batch, noise):
         obs, action, reward, next_obs, terminal = batch
         args, alpha, kappa = self.args, self.log_alpha.exp().item(), self.log_kappa.exp()
         states, successors = obs[self.first :], next_obs[self.first :]
         with torch.no_grad():
-            next_action, _ = self.sample(next_obs, noise[0])
+            next_action, next_log_prob = self.sample(next_obs, noise["next_action"])
             x = torch.cat([next_obs, next_action], dim=1)
-            target = reward + args.gamma * (1 - terminal) * torch.min(*(net(x)[:, 0] for net in self.targets))
+            value = torch.min(*(net(x)[:, 0] for net in self.targets)) - alpha * args.backup_entropy * next_log_prob
+            target = reward + args.gamma * (1 - terminal) * value
             candidates = []
-            for draw in proposal_noise[:, :, self.first :].unbind(1):
+            for draw in noise["proposals"][:, :, self.first :].unbind(1):
                 candidates += [(draw[0], torch.full((len(states),), -ACTION_DIM * math.log(2), dtype=torch.float64))]
                 candidates += [self.sample(states, draw[1]), self.sample(successors, draw[2])]
         total, gaps = 0.0, 0.0
@@ -187,7 +146,7 @@ class PlainLearner:
             self.kappa_opt.zero_grad()
             (-kappa * (gaps / 2 - args.lagrange_threshold)).backward()
             self.kappa_opt.step()
-        new_action, log_prob = self.sample(obs, noise[1])
+        new_action, log_prob = self.sample(obs, noise["action"])
         x = torch.cat([obs, new_action], dim=1)
         loss_pi = (alpha * log_prob - torch.min(*(critic(x)[:, 0] for critic in self.critics))).mean()
         self.actor_opt.zero_grad()
@@ -209,9 +168,9 @@ def assert_updates_equal_plain_ones(algo, args, first: int, num_real: int) -> No
         agent.log_alpha.fill_(-1.0)
     plain = PlainLearner(agent, args, first, num_real)
     for step in range(6):
-        batch, noises = random_batch(seed=100 + step), random_noise(seed=200 + step)
-        info = algo.update(agent, as_rows(batch), *noises, args)
-        for name, value in plain.update(batch, *noises).items():
+        batch, noise = random_batch(seed=100 + step), random_noise(seed=200 + step)
+        info = algo.update(agent, as_rows(batch), noise, args)
+        for name, value in plain.update(batch, noise).items():
             assert info[name].item() == pytest.approx(value, rel=1e-5), (step, name)
     nets = [(agent.critic, plain.critics), (agent.target_critic, plain.targets)]
     pairs = [(plain_mlp([x[j].T for x in net.parameters()]), theirs[j]) for net, theirs in nets for j in (0, 1)]
@@ -220,29 +179,6 @@ def assert_updates_equal_plain_ones(algo, args, first: int, num_real: int) -> No
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # of moves of 6e-3; Adam enlarges rounding errors
     assert agent.log_kappa.item() == pytest.approx(plain.log_kappa.item(), rel=1e-6)
     assert (agent.log_kappa.item() != 0) == (args.lagrange_threshold is not None)
-
-
-def assert_compiled_equals_eager(algo, args, capsys) -> None:
-    agent = random_agent(algo, args, torch.float32)
-    eager, start = copy.deepcopy(agent), snapshot(agent)
-    compiled = algo.compiled(lambda *inputs: algo.update(agent, *inputs, args), args, torch.device("cpu"))
-    step = torch._inductor.config.patch({"cpp.vec_isa_ok": True})(compiled)  # skips test compilations, ten seconds
-    for i in range(20):
-        rows, noises = as_rows(random_batch(torch.float32, seed=i)), random_noise(torch.float32, seed=50 + i)
-        info, expected = step(rows, *noises), algo.update(eager, rows, *noises, args)
-        assert info.keys() == expected.keys()
-    torch.testing.assert_close(info, expected, rtol=1e-4, atol=1e-5)
-    for name, value in eager.state_dict().items():
-        if "_opt" not in name:
-            moved = (value - start[name]).abs().max().item()
-            torch.testing.assert_close(agent.state_dict()[name], value, rtol=1e-4, atol=1e-2 * moved, msg=name)
-    assert agent.critic_opt.step.item() == 20
-    assert capsys.readouterr().out == ""  # it really was compiled
-
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
-)
 
 
 class Table(nn.Module):
@@ -259,7 +195,7 @@ class Table(nn.Module):
 
 # --- Proposals ---
 def test_proposals_are_uniform_and_the_policys_at_s_and_at_its_successor_with_their_log_densities():
-    agent, (obs, _, _, next_obs, _), (_, noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
+    agent, (obs, _, _, next_obs, _), noise = random_agent(combo, ARGS), random_batch(), random_noise()["proposals"]
     actions, log_density = combo.proposals(agent.actor, obs, next_obs, noise)
     assert actions.shape == (3, K, BATCH, ACTION_DIM) and log_density.shape == (3, K, BATCH)
     assert torch.equal(actions[0], noise[0])
@@ -272,7 +208,7 @@ def test_proposals_are_uniform_and_the_policys_at_s_and_at_its_successor_with_th
 
 
 def test_proposals_run_the_actor_once_per_state_and_need_no_gradient():
-    agent, (obs, _, _, next_obs, _), (_, noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
+    agent, (obs, _, _, next_obs, _), noise = random_agent(combo, ARGS), random_batch(), random_noise()["proposals"]
     seen = []
     agent.actor.net.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     actions, log_density = combo.proposals(agent.actor, obs, next_obs, noise)
@@ -282,7 +218,7 @@ def test_proposals_run_the_actor_once_per_state_and_need_no_gradient():
 
 def test_importance_weights_make_every_source_an_estimate_of_the_integral():
     torch.manual_seed(0)
-    actor, noise = combo.Actor(OBS_DIM, 1).double(), torch.randn(3, 100_000, 1, 1, dtype=torch.float64)
+    actor, noise = combo.Actor(OBS_DIM, 1, (8, 8)).double(), torch.randn(3, 100_000, 1, 1, dtype=torch.float64)
     noise[0].uniform_(-1, 1)
     obs, next_obs = torch.randn(2, 1, OBS_DIM, dtype=torch.float64) * 3
     actions, log_density = combo.proposals(actor, obs, next_obs, noise)
@@ -327,61 +263,64 @@ def test_gap_wants_a_density_for_every_sample():
 
 
 # --- Critic loss ---
+def critic_args(push_down: str = "mix", coef: float = 0.7, lse: str = "all"):
+    """Six rows of a batch are logged."""
+    settings = {"real_ratio": 6 / BATCH, "push_down": push_down, "conservative_coef": coef, "lse": lse}
+    return small_args(combo, gamma=0.9, **settings)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("lse", ["all", "per-source"])
-@pytest.mark.parametrize("first", [0, 6])
-def test_critic_loss_matches_numpy(first, lse):
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
-    loss, info = critic_loss(agent, batch, noise[0], proposal_noise, first=first, lse=lse)
-    expected, gap = numpy_critic_loss(agent, batch, noise[0], proposal_noise, 0.9, first, 6, 0.7, lse)
+@pytest.mark.parametrize("push_down, first", [("mix", 0), ("model", 6)])
+def test_critic_loss_matches_numpy(push_down, first, lse, alpha):
+    agent, batch, noise = random_agent(combo, ARGS), random_batch(), random_noise()
+    loss, info = combo.critic_loss(
+        agent, batch, noise, torch.tensor(alpha, dtype=torch.float64), critic_args(push_down, lse=lse)
+    )
+    expected, gap = numpy_critic_loss(agent, batch, noise, 0.9, first, 6, 0.7, lse, alpha)
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert info["conservative_gap"].item() == pytest.approx(gap, rel=1e-9)
     q = [numpy_q(agent.critic, j, batch[0].numpy(), batch[1].numpy()).mean() for j in (0, 1)]
     assert info["q"].item() == pytest.approx(sum(q) / 2, rel=1e-9)
 
 
-def table_gradient(first: int, num_real: int, coef: float, lse: str = "all") -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the loss in Q of the batch (2, BATCH) and of the samples (2, 3, K, rows), where the TD error is zero."""
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
-    batch[2], batch[4] = torch.zeros_like(batch[2]), torch.ones_like(batch[4])
-    rows = BATCH - first
-    agent.critic = Table(BATCH + 3 * K * rows)
-    loss, _ = critic_loss(agent, batch, noise[0], proposal_noise, first, num_real, coef, lse)
-    grad = torch.autograd.grad(loss, agent.critic.q)[0]
-    return grad[:, :BATCH], grad[:, BATCH:].view(2, 3, K, rows)
-
-
 @pytest.mark.parametrize("lse", ["all", "per-source"])
-@pytest.mark.parametrize("first", [0, 6])
-def test_gap_pushes_every_sample_down_and_only_the_logged_pairs_up(first, lse):
-    on_batch, on_samples = table_gradient(first, num_real=6, coef=0.7, lse=lse)
+@pytest.mark.parametrize("push_down, first", [("mix", 0), ("model", 6)])
+def test_gap_pushes_every_sample_down_and_only_the_logged_pairs_up(push_down, first, lse):
+    agent, batch, noise = random_agent(combo, ARGS), random_batch(), random_noise()
+    batch[2], batch[4] = torch.zeros_like(batch[2]), torch.ones_like(batch[4])  # no TD error where Q is 0
+    agent.critic = Table(BATCH + 3 * K * (BATCH - first))
+    loss, _ = combo.critic_loss(agent, batch, noise, 0.0, critic_args(push_down, lse=lse))
+    grad = torch.autograd.grad(loss, agent.critic.q)[0]
+    on_batch, on_samples = grad[:, :BATCH], grad[:, BATCH:]
     assert (on_samples > 0).all()
-    torch.testing.assert_close(on_samples.sum(dim=(1, 2, 3)), torch.full((2,), 0.7, dtype=torch.float64))
+    torch.testing.assert_close(on_samples.sum(dim=1), torch.full((2,), 0.7, dtype=torch.float64))
     torch.testing.assert_close(on_batch[:, :6], torch.full((2, 6), -0.7 / 6, dtype=torch.float64))
     assert (on_batch[:, 6:] == 0).all()  # simulated pairs are not raised
 
 
 def test_regulariser_is_linear_in_its_coefficient():
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
-    losses = [critic_loss(agent, batch, noise[0], proposal_noise, coef=coef)[0].item() for coef in (0.0, 1.0, 2.0)]
-    gap = critic_loss(agent, batch, noise[0], proposal_noise)[1]["conservative_gap"].item()
+    inputs = random_agent(combo, ARGS), random_batch(), random_noise(), 0.0
+    losses = [combo.critic_loss(*inputs, critic_args(coef=coef))[0].item() for coef in (0.0, 1.0, 2.0)]
+    gap = combo.critic_loss(*inputs, critic_args())[1]["conservative_gap"].item()
     assert losses[1] - losses[0] == pytest.approx(gap) and losses[2] - losses[0] == pytest.approx(2 * gap)
 
 
 def test_every_sample_is_judged_at_s_in_one_pass_over_the_critic():
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
+    agent, batch, noise = random_agent(combo, ARGS), random_batch(), random_noise()
     agent.critic = Table(BATCH + 3 * K * (BATCH - 6))
-    critic_loss(agent, batch, noise[0], proposal_noise, first=6)
-    samples, _ = combo.proposals(agent.actor, batch[0], batch[3], proposal_noise)
+    combo.critic_loss(agent, batch, noise, 0.0, critic_args("model"))
+    samples, _ = combo.proposals(agent.actor, batch[0], batch[3], noise["proposals"])
     [(obs, action)] = agent.critic.calls
     assert torch.equal(obs, torch.cat([batch[0]] + [batch[0][6:]] * 3 * K))
     torch.testing.assert_close(action, torch.cat([batch[1], samples[:, :, 6:].reshape(-1, ACTION_DIM)]))
 
 
 def test_critic_loss_moves_the_critic_alone():
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
+    agent = random_agent(combo, ARGS)
     agent.target_critic.requires_grad_(True)
     rest = [*agent.target_critic.parameters(), *agent.actor.parameters()]
-    loss, _ = critic_loss(agent, batch, noise[0], proposal_noise)
+    loss, _ = combo.critic_loss(agent, random_batch(), random_noise(), 0.3, critic_args())
     grads = torch.autograd.grad(loss, rest, allow_unused=True, retain_graph=True)
     assert grads == (None,) * len(rest)
     before = snapshot(agent)
@@ -389,19 +328,17 @@ def test_critic_loss_moves_the_critic_alone():
     assert changed(agent, before) == {"critic", "critic_opt"}
 
 
-def test_target_has_no_entropy_and_at_terminal_rows_no_successor():
-    agent, batch, (noise, proposal_noise) = random_agent(combo, combo.Args()), random_batch(), random_noise()
+def test_target_has_at_terminal_rows_no_successor_and_without_alpha_no_entropy():
+    agent, batch, noise, args = random_agent(combo, ARGS), random_batch(), random_noise(), critic_args(coef=0.0)
     batch[4] = torch.ones_like(batch[4])
 
     def loss(next_obs):
-        rows = [*batch[:3], next_obs, batch[4]]
-        return critic_loss(agent, rows, noise[0], proposal_noise, coef=0.0)[0]
+        return combo.critic_loss(agent, [*batch[:3], next_obs, batch[4]], noise, 0.0, args)[0]
 
     assert torch.equal(loss(batch[3]), loss(batch[3] + 1))
     agent.critic, agent.target_critic = Table(BATCH + 3 * K * BATCH), Table(BATCH)  # all Q are 0, so that y = r
     batch[4] = torch.zeros_like(batch[4])
-    expected = 2 * batch[2].square().mean().item()
-    assert critic_loss(agent, batch, noise[0], proposal_noise, coef=0.0)[0].item() == pytest.approx(expected)
+    assert loss(batch[3]).item() == pytest.approx(2 * batch[2].square().mean().item())
 
 
 # --- Update ---
@@ -411,21 +348,22 @@ def test_target_has_no_entropy_and_at_terminal_rows_no_successor():
         ({}, 0, 8),
         ({"push_down": "model", "real_ratio": 0.4}, 6, 6),
         ({"lagrange_threshold": 1.0}, 0, 8),
+        ({"backup_entropy": True}, 0, 8),
         ({"conservative_coef": 0.0}, 0, 8),  # SAC without entropy in its target
     ],
     ids=str,
 )
 def test_updates_equal_those_of_a_plain_learner(settings, first, num_real):
-    args = combo.Args(actor_lr=2e-3, critic_lr=1e-3, alpha_lr=3e-3, gamma=0.95, tau=0.1, **settings)
+    args = small_args(combo, actor_lr=2e-3, critic_lr=1e-3, alpha_lr=3e-3, gamma=0.95, tau=0.1, **settings)
     assert_updates_equal_plain_ones(combo, args, first, num_real)
 
 
 def test_update_moves_every_trainable_tensor_and_the_multiplier_only_when_there_is_a_threshold():
     for threshold in (None, 1.0):
-        args = combo.Args(lagrange_threshold=threshold)
+        args = small_args(combo, lagrange_threshold=threshold)
         agent = random_agent(combo, args)
         before = snapshot(agent)
-        combo.update(agent, as_rows(random_batch()), *random_noise(), args)
+        combo.update(agent, as_rows(random_batch()), random_noise(), args)
         parts = {"actor", "critic", "target_critic", "log_alpha", "actor_opt", "critic_opt", "alpha_opt"}
         assert changed(agent, before) == parts | ({"log_kappa", "kappa_opt"} if threshold else set())
         for part in ("actor", "critic", "target_critic"):
@@ -435,22 +373,63 @@ def test_update_moves_every_trainable_tensor_and_the_multiplier_only_when_there_
 
 @pytest.mark.parametrize("above", [True, False])
 def test_multiplier_grows_exactly_while_a_critics_gap_is_above_the_threshold_and_scales_the_gap(above):
-    batch, noises = as_rows(random_batch()), random_noise()
-    agent = random_agent(combo, combo.Args())
-    info = combo.update(copy.deepcopy(agent), batch, *noises, combo.Args())
+    batch, noise = as_rows(random_batch()), random_noise()
+    agent = random_agent(combo, ARGS)
+    info = combo.update(copy.deepcopy(agent), batch, noise, ARGS)
     gap = info["conservative_gap"].item()
-    args = combo.Args(lagrange_threshold=gap / 2 + (-0.1 if above else 0.1))
+    args = small_args(combo, lagrange_threshold=gap / 2 + (-0.1 if above else 0.1))
     with torch.no_grad():
         agent.log_kappa.fill_(math.log(2))
-    weighted = combo.update(agent, batch, *noises, args)
+    weighted = combo.update(agent, batch, noise, args)
     assert (agent.log_kappa.item() > math.log(2)) == above
     assert weighted["critic_loss"].item() - info["critic_loss"].item() == pytest.approx(5 * gap)
 
 
-@needs_compiler
-def test_compiled_and_eager_updates_agree(capsys):
-    settings = {"push_down": "model", "lse": "per-source", "lagrange_threshold": 1.0}
-    assert_compiled_equals_eager(combo, combo.Args(hidden_layers=1, **settings), capsys)
+@pytest.mark.parametrize("algo", [combo, cql], ids=["combo", "cql"])
+def test_noise_of_an_update_is_normal_but_for_uniform_proposals(algo):
+    torch.manual_seed(0)
+    args = small_args(algo, batch_size=2_000, num_samples=K)
+    noise = algo.draw_noise(ACTION_DIM, args, torch.device("cpu"))
+    assert noise["next_action"].shape == noise["action"].shape == (2_000, ACTION_DIM)
+    assert noise["proposals"].shape == (3, K, 2_000, ACTION_DIM)
+    uniform, *normal = noise["proposals"]
+    assert uniform.abs().max() <= 1 and uniform.std().item() == pytest.approx(3**-0.5, rel=0.02)
+    draws = torch.stack([noise["next_action"], noise["action"], *torch.cat(normal)]).flatten(1)
+    torch.testing.assert_close(draws.cov(), torch.eye(len(draws)), rtol=0, atol=0.1)
+
+
+# --- Without the term ---
+SAME = {"hidden_sizes": (8, 8), "real_ratio": 0.25, "actor_lr": 2e-3, "critic_lr": 1e-3, "alpha_lr": 3e-3}
+
+
+def assert_run_ends_as_mopo(algo, settings: dict, monkeypatch, tmp_path) -> None:
+    """A run of another script and one of MOPO without penalty, whose random streams agree.
+
+    What the other one draws for its own term comes from a stream of its own. Its rollouts ask the elites alone, so that
+    their last digits are others.
+    """
+    draw_noise = algo.draw_noise
+
+    def draw(*inputs):
+        noise = mopo.draw_noise(*inputs[-3:])
+        with torch.random.fork_rng():
+            return draw_noise(*inputs) | noise
+
+    monkeypatch.setattr(algo, "draw_noise", draw)
+    run = {"num_updates": 30, "rollout_interval": 10, "rollout_batch_size": 100, "dynamics_max_epochs": 1}
+    run |= {"dynamics_hidden_size": 16, "batch_size": 32, "eval_episodes": 1, "compile": False, "num_threads": 1}
+    ends = []
+    for script, own in ((algo, settings), (mopo, {"penalty_coef": 0.0})):
+        agents, make = [], script.Agent
+        monkeypatch.setattr(script, "Agent", lambda *inputs: agents.append(make(*inputs)) or agents[0])
+        script.main(script.Args(**SAME, **run, **own, run_dir=str(tmp_path), run_name=script.__name__))
+        ends.append(agents[0].state_dict())
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_run_without_the_term_and_with_entropy_is_one_of_mopo_without_a_penalty(monkeypatch, tmp_path):
+    assert_run_ends_as_mopo(combo, {"conservative_coef": 0.0, "backup_entropy": True}, monkeypatch, tmp_path)
 
 
 # --- Exact values: a small Markov decision process ---
@@ -476,7 +455,7 @@ def underestimates(coef: float, all_logged: bool = False) -> tuple[torch.Tensor,
     its true outcome follow, as an exact model gives them; with all_logged they count as rarely logged ones.
     """
     torch.manual_seed(0)
-    actor, gamma, eye = combo.Actor(2, 1, hidden_layers=1, hidden=8), 0.5, torch.eye(2)
+    actor, gamma, eye = combo.Actor(2, 1, (8,)), 0.5, torch.eye(2)
     state, column = torch.meshgrid(torch.arange(2), torch.arange(BINS), indexing="ij")
     state, column = state.flatten(), column.flatten()
     reward, successor = torch.sin(2.0 * column + state) + 1, (column + state) % 2
@@ -492,19 +471,17 @@ def underestimates(coef: float, all_logged: bool = False) -> tuple[torch.Tensor,
     centre = (column + 0.5) / BINS * 2 - 1
     logged = torch.arange(2 * BINS)[column < 3].repeat(20)
     index = torch.cat([logged, torch.arange(2 * BINS).repeat(10)])
-    num_real = len(index) if all_logged else len(logged)
+    settings = {"real_ratio": 1.0 if all_logged else len(logged) / len(index), "batch_size": len(index)}
+    args = combo.Args(gamma=gamma, conservative_coef=coef, num_samples=4, **settings)
     batch = [eye[state[index]], centre[index, None], reward[index], eye[successor[index]], torch.zeros(len(index))]
     critic = TabularCritic(2)
+    agent = SimpleNamespace(actor=actor, critic=critic, target_critic=critic)
     optimizer = torch.optim.Adam([critic.q], 0.1)
     for i in range(600):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - i / 600)
-        noise = torch.randn(3, 4, len(index), 1)
-        noise[0].uniform_(-1, 1)
-        proposed = combo.proposals(actor, batch[0], batch[3], noise)
-        target_noise = torch.randn(len(index), 1)
-        inputs = (critic, critic, actor, batch, target_noise, gamma, *proposed, num_real, coef, "all")
+        noise = combo.draw_noise(1, args, torch.device("cpu"))
         optimizer.zero_grad()
-        combo.critic_loss(*inputs)[0].backward()
+        combo.critic_loss(agent, batch, noise, 0.0, args)[0].backward()
         optimizer.step()
     gap = true - critic.q.detach()[0]
     return (gap * share).sum(1), gap
@@ -522,16 +499,12 @@ class StubDynamics:
 
     def step(self, obs, action, order, noise):
         assert torch.equal(order.sort().values, torch.arange(len(obs))) and noise.shape == (len(obs), obs.shape[1] + 1)
-        return obs + 1 + 0.1 * noise[:, :-1], 3 + 0.1 * noise[:, -1]
-
-
-def never(obs, action, next_obs):
-    return torch.zeros(len(obs), dtype=torch.bool)
+        return obs + 1 + 0.1 * noise[:, :-1], 3 + 0.1 * noise[:, -1], None
 
 
 def run_rollout(starts, terminal_fn=never, dynamics=None, module=combo, **settings):
     torch.manual_seed(7)
-    actor = module.Actor(OBS_DIM, ACTION_DIM, hidden=8)
+    actor = module.Actor(OBS_DIM, ACTION_DIM, (8, 8))
     return module.rollout(dynamics or StubDynamics(), actor, terminal_fn, starts, module.Args(**settings)), actor
 
 
@@ -584,13 +557,13 @@ def test_trajectories_end_at_their_first_terminal_or_after_h_steps(num_starts, m
 
 def test_rollout_goes_on_where_all_of_a_chunk_have_ended():
     torch.manual_seed(0)
-    dynamics = Dynamics(OBS_DIM, ACTION_DIM, hidden=8)
+    dynamics = Dynamics(OBS_DIM, ACTION_DIM, hidden_size=8)
     rows, _ = run_rollout(torch.zeros(1_002, OBS_DIM), lambda *x: ~never(*x), dynamics, rollout_length=3)
     assert len(rows) == 1_002 and rows[:, TERMINAL].all()
 
 
 def test_batch_has_half_its_rows_from_the_log_and_they_come_first():
-    buffer = combo.ModelBuffer(1_000, 10, torch.device("cpu"))
+    buffer = combo.ModelBuffer(1_000, 10)
     buffer.rows.fill_(math.nan)
     buffer.add(torch.full((300, 10), 2.0))
     batch = combo.sample_batch(torch.ones(50, 10), buffer, combo.Args())
@@ -600,7 +573,7 @@ def test_batch_has_half_its_rows_from_the_log_and_they_come_first():
 @pytest.mark.parametrize("settings", [{"real_ratio": 0.003}, {"real_ratio": 1.0, "push_down": "model"}], ids=str)
 def test_a_batch_without_logged_rows_or_rows_to_push_down_is_refused(settings):
     with pytest.raises(InputError, match="--real-ratio"):
-        combo.main(combo.Args(**settings), [])
+        combo.main(combo.Args(**settings))
 
 
 def test_tuned_settings_are_those_of_offlinerl_kit_under_both_names():

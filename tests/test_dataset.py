@@ -4,8 +4,6 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +19,9 @@ from gymnasium.spaces import Box, Dict, Discrete, flatten
 from minari.data_collector import EpisodeBuffer
 
 import common.dataset as dataset_module
-from common.dataset import DEFAULT_DATASET, InputError, cache_dir, load_dataset, record_random
+from benchmarks.collect import record_random
+from common.dataset import DEFAULT_DATASET, InputError, cache_dir, load_dataset
 
-ROOT = Path(__file__).parent.parent
 TENSORS = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")
 
 
@@ -197,28 +195,6 @@ def test_without_timeouts_and_successors_only_terminals_separate_and_a_note_says
     assert "only its terminals separate episodes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("successors", [True, False])
-def test_classic_switch_gives_what_d4rl_qlearning_dataset_gives(successors, tmp_path):
-    rows = make_rows((4, 3, 5, 2), "tltc")
-    path = write_hdf5(tmp_path / "a.hdf5", rows if successors else without(rows, "next_observations"))
-    data = load_dataset(path, classic_successors=True)
-    kept = [i for i in range(14 - 1) if not rows["timeouts"][i]]
-    assert np.array_equal(data.obs, rows["observations"][kept])
-    assert np.array_equal(data.next_obs, rows["observations"][[i + 1 for i in kept]])
-    assert np.array_equal(data.reward, rows["rewards"][kept])
-    assert np.array_equal(data.terminal, rows["terminals"][kept])
-    assert torch.equal(data.next_obs[3], data.obs[4]) and data.terminal[3]  # across the episode's end
-    assert data.successor_known.all()
-    truth = rows["next_observations"] if successors else rows["observations"]
-    assert np.array_equal(load_dataset(path).next_obs[3], truth[3])
-
-
-def test_classic_switch_is_the_same_for_minari_and_flat(tmp_path):
-    flat = load_dataset(write_hdf5(tmp_path / "a.hdf5", make_rows()), classic_successors=True)
-    write_small_minari()
-    assert equal(load_dataset("toy/small-v0", classic_successors=True), flat)
-
-
 # --- Layouts and places ---
 def test_all_layouts_of_the_same_data_give_the_same_dataset(tmp_path):
     rows = make_rows()
@@ -267,9 +243,9 @@ def test_a_download_that_breaks_off_leaves_nothing_that_looks_like_a_dataset(mon
 def test_a_folder_of_minaris_that_cannot_be_made_is_said(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "file" / "minari"))
-    for name in (DEFAULT_DATASET, "toy/small-v0"):
-        with pytest.raises(InputError, match="set MINARI_DATASETS_PATH to a folder that can be written"):
-            load_dataset(name)
+    with pytest.raises(InputError, match="set MINARI_DATASETS_PATH to a folder that can be written"):
+        load_dataset("toy/small-v0")
+    assert len(load_dataset(DEFAULT_DATASET).obs) == 20_000  # it is none of them
 
 
 def test_missing_minari_dataset_without_network_fails_at_once_and_says_what_there_is(monkeypatch):
@@ -363,7 +339,7 @@ def test_recording_of_a_dictionary_environment_is_flat(reach_episodes):
     assert np.array_equal(data.obs[0], env.reset(seed=0)[0].astype(np.float32)) and data.obs.shape == (8, 5)
 
 
-# --- Embedded default and recording ---
+# --- Embedded default ---
 def test_embedded_default_is_100_random_pendulum_episodes():
     data = load_dataset(DEFAULT_DATASET)
     assert data.obs.shape == (20_000, 3) and len(data.episode_returns) == 100
@@ -373,41 +349,32 @@ def test_embedded_default_is_100_random_pendulum_episodes():
     assert data.env_spec.id == "Pendulum-v1" and data.ref_scores == (-1230, -150)
     assert abs(data.normalised_score(data.episode_returns.mean())) < 5
     assert "100 episodes, 20,000 steps, 0 terminal" in data.summary()
-    assert minari.list_local_datasets()[DEFAULT_DATASET]["total_steps"] == 20_000
+    start = data.episode_end.roll(1)  # the others begin where the one before has led
+    assert torch.equal(data.next_obs[:-1][~data.episode_end[:-1]], data.obs[~start])
+    assert torch.allclose(data.obs[:, :2].square().sum(dim=1), torch.ones(20_000))
 
 
-def test_recording_is_seeded_and_may_stop_inside_an_episode(tmp_path, monkeypatch):
-    record_random("Hopper-v5", "toy/one-v0", num_steps=130, seed=3)
-    record_random("Hopper-v5", "toy/two-v0", num_steps=130, seed=3)
-    record_random("Hopper-v5", "toy/three-v0", num_steps=130, seed=4)
-    one, two, three = (load_dataset(f"toy/{name}-v0") for name in ("one", "two", "three"))
-    assert len(one.obs) == 130 and equal(one, two) and one.data_hash == two.data_hash != three.data_hash
-    assert one.ref_scores == (-20.272305, 3234.3) and one.env_spec.id == "Hopper-v5"
-    assert os.environ["MINARI_DATASETS_PATH"] == str(tmp_path / "minari")
+def test_embedded_default_is_made_once_whatever_is_killed_or_made_beside_it(monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        load_dataset(DEFAULT_DATASET)
+    assert not list(cache_dir().rglob("*.npz"))
+    make, beside = dataset_module._random_pendulum, []
 
-def test_recording_leaves_nothing_half_done_under_its_name(tmp_path):
-    root, call = tmp_path / "minari", "d.record_random('Pendulum-v1', 'toy/twice-v0', num_steps=400, seed=0)"
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = f"import os, common.dataset as d; d._random_episodes = lambda *_: os._exit(9); {call}"
-    assert subprocess.run([sys.executable, "-c", killed], env=environ).returncode == 9
-    assert not (root / "toy" / "twice-v0").exists() and minari.list_local_datasets() == {}
-    command = [sys.executable, "-c", f"import common.dataset as d; {call}"]
-    both = [subprocess.Popen(command, env=environ) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    assert len(load_dataset("toy/twice-v0").obs) == 400 and list(minari.list_local_datasets()) == ["toy/twice-v0"]
+    def make_while_another_process_does_so() -> dict:
+        if not beside:
+            beside.append(None)
+            beside[0] = load_dataset(DEFAULT_DATASET)
+        return make()
 
-
-def test_the_slower_of_two_recorders_accepts_what_the_faster_one_made(monkeypatch):
-    real_rename = os.rename
-
-    def rename_after_the_other(source, target):
-        Path(target).mkdir()
-        Path(target, "data").mkdir()
-        real_rename(source, target)
-
-    monkeypatch.setattr(os, "rename", rename_after_the_other)
-    assert (record_random("Pendulum-v1", "toy/race-v0", num_steps=200, seed=0) / "data").exists()
+    monkeypatch.setattr(dataset_module, "_random_pendulum", make_while_another_process_does_so)
+    data = load_dataset(DEFAULT_DATASET)
+    monkeypatch.setattr(dataset_module, "_random_pendulum", lambda: pytest.fail("it is there"))
+    assert equal(load_dataset(DEFAULT_DATASET), data) and equal(beside[0], data)
+    assert len(list(cache_dir().rglob("*.npz"))) == 1
 
 
 # --- Actions ---
@@ -472,18 +439,16 @@ def test_env_id_wins_and_may_name_the_package_that_registers_it(tmp_path, monkey
         "gym.register('MyPendulum-v3', entry_point='gymnasium.envs.classic_control.pendulum:PendulumEnv')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    record_random("Pendulum-v1", "toy/pendulum-v0", num_steps=200, seed=0)
-    data = load_dataset("toy/pendulum-v0", env_id="my_envs:MyPendulum-v3")
+    data = load_dataset(DEFAULT_DATASET, env_id="my_envs:MyPendulum-v3")
     gym.registry.pop("MyPendulum-v3")
     assert data.env_spec.id == "MyPendulum-v3"
 
 
 def test_episodes_end_at_the_time_limit_of_the_environment_or_where_it_has_none_at_ours(monkeypatch):
     monkeypatch.setattr("common.dataset.MOST_STEPS", 3)
-    record_random("Pendulum-v1", "toy/pendulum-v0", num_steps=400, seed=0)
     gym.register("Endless-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
     for env_id, last in (("Endless-v0", 3), ("Pendulum-v1", 200)):
-        env = gym.make(load_dataset("toy/pendulum-v0", env_id=env_id).env_spec)
+        env = gym.make(load_dataset(DEFAULT_DATASET, env_id=env_id).env_spec)
         env.reset(seed=0)
         truncated = [env.step(np.zeros(1, np.float32))[3] for _ in range(last)]
         assert truncated == [False] * (last - 1) + [True]
@@ -499,7 +464,6 @@ def test_data_hash_is_of_the_contents(tmp_path):
         changed = {**rows, key: rows[key].copy()}
         changed[key][i] = ~changed[key][i] if changed[key].dtype == bool else changed[key][i] / 2
         hashes.append(load_dataset(write_hdf5(tmp_path / f"{key}{i}.hdf5", changed)).data_hash)
-    hashes.append(load_dataset(str(tmp_path / "0.hdf5"), classic_successors=True).data_hash)
     assert len(set(hashes)) == len(hashes) - 1
 
 
@@ -525,8 +489,6 @@ def test_second_load_comes_from_the_cache_and_is_equal(counted):
     first, second = load_dataset(name), load_dataset(name)
     assert len(reads) == 1 and equal(first, second) and first.data_hash == second.data_hash
     assert np.array_equal(first.episode_returns, second.episode_returns)
-    load_dataset(name, classic_successors=True)
-    assert len(reads) == 2
 
 
 def test_cache_notices_a_touched_or_changed_file(counted):

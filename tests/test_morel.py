@@ -2,20 +2,17 @@
 
 import csv
 import math
-import signal
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_mopo import ACTION_DIM, OBS_DIM, REWARD, TERMINAL, never, small_args, stub_actor
 
 import algos.mopo as mopo
 import algos.morel as morel
+from common import InputError
 from common.dynamics import Dynamics
-
-OBS_DIM, ACTION_DIM = 3, 2
-REWARD, TERMINAL = OBS_DIM + ACTION_DIM, 2 * OBS_DIM + ACTION_DIM + 1  # columns of a row
 
 
 # --- Helpers ---
@@ -32,9 +29,7 @@ class StubDynamics:
         reward = (10 + self.pay * self.offset)[:, None].expand(-1, len(obs))
         return obs + move, reward, torch.full((len(self.offset), len(obs), OBS_DIM + 1), self.std)
 
-
-def never(obs, action, next_obs):
-    return torch.zeros(len(obs), dtype=torch.bool)
+    step = Dynamics.step
 
 
 def stub_mdp(threshold: float, halt_reward: float = -77.0, terminal_fn=never, std: float = 0.0, pay: float = 1.0):
@@ -43,15 +38,16 @@ def stub_mdp(threshold: float, halt_reward: float = -77.0, terminal_fn=never, st
     return morel.PessimisticMDP(dynamics, terminal_fn, threshold, halt_reward)
 
 
-def stub_actor() -> morel.Actor:
-    torch.manual_seed(7)
-    return morel.Actor(OBS_DIM, ACTION_DIM, hidden=8)
-
-
 def run_rollout(mdp, starts, seed: int = 0, length: int = 5):
     actor = stub_actor()
     torch.manual_seed(seed)
     return morel.rollout(mdp, actor, starts, morel.Args(rollout_length=length))
+
+
+def step(mdp, starts):
+    """With members in turns, without noise: next_obs, reward, terminal, halted."""
+    num = len(starts)
+    return mdp.step(starts, torch.zeros(num, ACTION_DIM), torch.arange(num), torch.zeros(num, OBS_DIM + 1))
 
 
 def starts_at(x: list[float]) -> torch.Tensor:
@@ -130,18 +126,22 @@ def random_data(num_rows: int = 2_500) -> SimpleNamespace:
 @torch.no_grad()
 @pytest.mark.parametrize("coef, share", [(1e3, 1.0), (1.0, None)])
 def test_pessimistic_mdp_takes_its_threshold_from_all_rows_by_the_members_that_simulate(coef, share, capsys):
-    data, dynamics = random_data(), Dynamics(OBS_DIM, ACTION_DIM, num_members=4, num_elites=3, hidden=8)
+    data, dynamics = random_data(), Dynamics(OBS_DIM, ACTION_DIM, num_members=4, num_elites=3, hidden_size=8)
     dynamics.elites.copy_(torch.tensor([3, 0, 2]))
     dynamics.layers[-1].bias[1] += 100  # no elite
-    mdp = morel.make_pessimistic_mdp(dynamics, never, data, morel.Args(threshold_coef=coef, halt_offset=30.0))
+    mdp = morel.make_pessimistic_mdp(dynamics, never, data, small_args(morel, threshold_coef=coef, halt_offset=30.0))
     disc = numpy_discrepancy(dynamics.predict(data.obs, data.action)[0][[0, 2, 3]].double().numpy())
     expected = min(disc.mean() + coef * disc.std(), disc.max())
     assert mdp.threshold == pytest.approx(expected, rel=1e-5) and mdp.halt_reward == -34.0  # the smallest reward is -4
     share = share or (disc <= expected).mean()
     assert f"percentile {100 * share:.2f} of the data; halting pays -34.0" in capsys.readouterr().out
-    chunks = zip(data.obs.split(1_000), data.action.split(1_000))
-    halted = torch.cat([mdp.step(obs, action)[3] for obs, action in chunks])
+    _, _, _, halted = mdp.step(data.obs, data.action, torch.arange(len(data.obs)), torch.zeros(len(data.obs), 4))
     assert halted.double().mean().item() == pytest.approx(1 - share)
+
+
+def test_an_ensemble_with_a_lone_elite_is_refused():
+    with pytest.raises(InputError, match="--num-elites above 1"):
+        morel.make_pessimistic_mdp(Dynamics(3, 1, 7, 1, 8), never, random_data(), small_args(morel))
 
 
 # --- The pessimistic MDP ---
@@ -177,7 +177,7 @@ def test_members_that_do_not_simulate_do_not_halt():
 
 
 def test_at_the_threshold_itself_a_step_is_known():
-    _, _, terminal, halted = stub_mdp(6.0).step(starts_at([2.0, 2.001]), torch.zeros(2, ACTION_DIM))
+    _, _, terminal, halted = step(stub_mdp(6.0), starts_at([2.0, 2.001]))
     assert halted.tolist() == terminal.tolist() == [False, True]
 
 
@@ -185,12 +185,12 @@ def test_the_environments_own_ends_end_trajectories_with_their_own_reward():
     mdp = stub_mdp(10.0, terminal_fn=lambda obs, action, next_obs: next_obs[:, 0] >= 2)
     rows, halted = run_rollout(mdp, starts_at([0.0]))
     assert rows[:, TERMINAL].tolist() == [0.0, 1.0] and not halted.any() and (rows[:, REWARD] >= 10).all()
-    _, _, terminal, halted = mdp.step(starts_at([4.0]), torch.zeros(1, ACTION_DIM))
+    _, _, terminal, halted = step(mdp, starts_at([4.0]))
     assert terminal.all() and halted.all()  # both at once
 
 
 def test_predictions_that_are_no_numbers_are_halted():
-    reward, _, terminal, halted = stub_mdp(10.0).step(starts_at([math.inf]), torch.zeros(1, ACTION_DIM))
+    _, reward, terminal, halted = step(stub_mdp(10.0), starts_at([math.inf]))
     assert halted.all() and terminal.all() and reward.item() == -77.0
 
 
@@ -199,9 +199,11 @@ def test_the_target_of_a_halted_row_is_minus_kappa_whatever_its_successor(succes
     rows, halted = run_rollout(stub_mdp(-1.0), starts_at([0.0, 1.0, 2.0]))
     rows[:, REWARD + 1 : TERMINAL] = successor
     torch.manual_seed(0)
-    agent, args = morel.Agent(OBS_DIM, ACTION_DIM, morel.Args()), morel.Args()
+    args = small_args(morel)
+    agent = morel.Agent(OBS_DIM, ACTION_DIM, args)
     q = agent.critic(rows[:, :OBS_DIM], rows[:, OBS_DIM:REWARD]).detach().double().numpy()
-    info = morel.update(agent, rows, torch.zeros(2, 3, ACTION_DIM), args)
+    noise = {name: torch.zeros(3, ACTION_DIM) for name in ("next_action", "action")}
+    info = morel.update(agent, rows, noise, args)
     assert info["critic_loss"].item() == pytest.approx(((q + 77.0) ** 2).mean(axis=1).sum(), rel=1e-5)
 
 
@@ -271,54 +273,20 @@ def test_it_follows_from_its_seed_alone_and_leaves_random_states_alone():
 
 
 # --- A run ---
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Calls the script in this process on 400 steps of a pendulum; returns the run's folder."""
-    rng = np.random.default_rng(0)
-    obs, action = rng.normal(size=(400, 3)), rng.uniform(-2, 2, (400, 1))
-    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
-    np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(400, bool), timeouts=np.arange(400) % 50 == 49)
-    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    flags = f"--dataset {tmp_path}/own.npz --env-id Pendulum-v1 --no-compile --num-threads 1 --num-updates 40 "
-    flags += "--actor-lr-schedule constant "
-    flags += "--eval-interval 20 --eval-episodes 1 --rollout-batch-size 100 --rollout-interval 15 --batch-size 32 "
-    flags += f"--dynamics-max-epochs 2 --pessimistic-episodes 7 --checkpoint-interval 10 --run-dir {tmp_path}"
-
-    def call(name: str, *more: str):
-        monkeypatch.setattr(sys, "argv", ["morel.py", *flags.split(), "--run-name", name, *more])
-        morel.main(*morel.read_args())
-        return tmp_path / name
-
-    return call
-
-
-def same_weights(one, other) -> bool:
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["agent"] for folder in (one, other))
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_run_logs_halting_and_the_bound_beside_the_return_and_can_be_resumed(run):
-    whole, half = run("whole"), run("half", "--num-updates", "20")
-    with open(whole / "progress.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["update"]) for row in rows] == [20, 40]
-    for row in rows:
-        assert 0 <= float(row["halt_rate"]) <= 1 <= float(row["rollout_mean"]) <= 5
-        assert 1 <= float(row["pessimistic_length"]) <= 200 and math.isfinite(float(row["pessimistic_return"]))
-    run("half", "--resume", str(half), "--num-updates", "40")
-    assert same_weights(whole, half)
-
-
-def test_evaluating_more_often_changes_nothing_else(run):
-    assert same_weights(run("often", "--eval-interval", "5"), run("rarely", "--eval-interval", "40"))
-
-
-def test_smaller_thresholds_halt_more_rows_of_a_run(run):
+def test_a_run_logs_halting_and_the_bound_beside_the_return_and_lower_thresholds_halt_more(tmp_path):
+    run = {"num_updates": 20, "eval_interval": 10, "eval_episodes": 1, "compile": False, "num_threads": 1}
+    run |= {"rollout_batch_size": 100, "rollout_interval": 15, "pessimistic_episodes": 7, "run_dir": str(tmp_path)}
+    run |= {"dynamics_max_epochs": 1, "dynamics_hidden_size": 16}
     rates = []
-    for coef in ("0", "1", "1000"):
-        with open(run(coef, "--threshold-coef", coef) / "progress.csv", newline="") as file:
-            rates.append(float(list(csv.DictReader(file))[0]["halt_rate"]))
+    for coef in (0.0, 1.0, 1000.0):
+        morel.main(small_args(morel, threshold_coef=coef, run_name=str(coef), **run))
+        with open(tmp_path / str(coef) / "progress.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["update"]) for row in rows] == [10, 20]
+        for row in rows:
+            assert 0 <= float(row["halt_rate"]) <= 1 <= float(row["rollout_mean"]) <= 5
+            assert 1 <= float(row["pessimistic_length"]) <= 200 and math.isfinite(float(row["pessimistic_return"]))
+        rates.append(float(rows[0]["halt_rate"]))
     assert rates[0] > rates[1] > rates[2]
 
 

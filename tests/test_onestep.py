@@ -6,22 +6,29 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_combo import ACTION_DIM, BATCH, OBS_DIM, needs_compiler, numpy_actor, numpy_q, random_agent, random_batch
+from test_combo import ACTION_DIM, BATCH, OBS_DIM, numpy_actor, numpy_q, random_agent, random_batch
 from test_sac_bc import numpy_gaussian, numpy_log_prob, random_behaviour
 from torch import nn
 
 import algos.onestep as onestep
 from common.dataset import InputError, load_dataset
+from common.run import load_policy
 
 NUM = 4  # samples of the behaviour
 
 
-def random_noise(seed: int = 2, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(NUM, BATCH, ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def random_args(**settings) -> onestep.Args:
+    return onestep.Args(hidden_sizes=(8, 8), num_samples=NUM, **settings)
 
 
-def next_actions(dtype=torch.float64) -> torch.Tensor:
-    return torch.rand(BATCH, ACTION_DIM, generator=torch.Generator().manual_seed(9), dtype=dtype) * 2 - 1
+def random_noise(seed: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    candidates = torch.randn(NUM, BATCH, ACTION_DIM, generator=generator, dtype=torch.float64)
+    return {"candidates": candidates, "action": torch.randn(candidates[0].shape, generator=generator).double()}
+
+
+def next_actions() -> torch.Tensor:
+    return torch.rand(BATCH, ACTION_DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 2 - 1
 
 
 def as_rows(batch: list[torch.Tensor], next_action: torch.Tensor) -> torch.Tensor:
@@ -64,7 +71,7 @@ def test_data_without_two_rows_in_a_row_are_refused(tmp_path):
 
 # --- SARSA ---
 def test_critic_loss_is_that_of_numpy_each_head_with_its_own_target():
-    args = onestep.Args(gamma=0.9)
+    args = random_args(gamma=0.9)
     agent, batch, next_action = random_agent(onestep, args), random_batch(), next_actions()
     obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
     expected = 0.0
@@ -85,7 +92,7 @@ def test_on_a_chain_it_finds_the_value_of_the_behaviour_and_not_of_the_best_acti
             columns.append((1.0, second, 2.0 if second > 0 else -1.0, 0.0, 1.0, -first))  # another episode's action
     log = torch.tensor(columns, dtype=torch.float64)
     obs, action, reward, next_obs, terminal, next_action = log.split(1, dim=1)
-    batch = [obs, action, reward[:, 0], next_obs, terminal[:, 0]]
+    batch = [obs, action, reward[:, 0], next_obs, terminal[:, 0], next_action]
 
     class Table(nn.Module):
         def __init__(self):
@@ -96,9 +103,10 @@ def test_on_a_chain_it_finds_the_value_of_the_behaviour_and_not_of_the_best_acti
             return self.q[:, obs[:, 0].long(), (action[:, 0] > 0).long()]
 
     critic, target_critic = Table(), Table()
+    agent, args = SimpleNamespace(critic=critic, target_critic=target_critic), onestep.Args(gamma=0.9)
     opt = torch.optim.SGD(critic.parameters(), 1.0)
     for _ in range(300):
-        loss, _ = onestep.critic_loss(critic, target_critic, batch, next_action, 0.9)
+        loss, _ = onestep.critic_loss(agent, batch, args)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -110,10 +118,10 @@ def test_on_a_chain_it_finds_the_value_of_the_behaviour_and_not_of_the_best_acti
 
 # --- Improvement ---
 def test_reverse_kl_loss_is_that_of_numpy():
-    args = onestep.Args(kl_coef=0.7)
+    args = random_args(kl_coef=0.7)
     agent, behaviour, batch, noise = random_agent(onestep, args), random_behaviour(), random_batch(), random_noise()
     obs = batch[0].numpy()
-    action, _ = numpy_actor(agent.actor, obs, noise[0].numpy())
+    action, _ = numpy_actor(agent.actor, obs, noise["action"].numpy())
     q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
     (m1, s1), (m2, s2) = numpy_gaussian(agent.actor, obs), numpy_gaussian(behaviour, obs)
     kl = (np.log(s2 / s1) + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 1 / 2).sum(axis=1)
@@ -124,14 +132,15 @@ def test_reverse_kl_loss_is_that_of_numpy():
 
 @pytest.mark.parametrize("max_weight", [100.0, 1.05])
 def test_exp_weights_loss_is_that_of_numpy(max_weight):
-    args = onestep.Args(improvement="exp-weights", inverse_temperature=2.0, max_weight=max_weight)
+    args = random_args(improvement="exp-weights", inverse_temperature=2.0, max_weight=max_weight)
     agent, behaviour, batch, noise = random_agent(onestep, args), random_behaviour(), random_batch(), random_noise()
     obs, logged = batch[0].numpy(), batch[1].numpy()
 
     def min_q(action):
         return np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
 
-    value = np.mean([min_q(numpy_actor(behaviour, obs, noise[k].numpy())[0]) for k in range(NUM)], axis=0)
+    candidates = [numpy_actor(behaviour, obs, noise["candidates"][k].numpy())[0] for k in range(NUM)]
+    value = np.mean([min_q(action) for action in candidates], axis=0)
     weight = np.minimum(np.exp(2 * (min_q(logged) - value)), max_weight)
     assert max_weight == 100 or 0 < (weight == max_weight).sum() < BATCH
     expected = -(weight * numpy_log_prob(agent.actor, obs, logged)).mean()
@@ -140,24 +149,27 @@ def test_exp_weights_loss_is_that_of_numpy(max_weight):
 
 
 def test_with_a_huge_coefficient_the_policy_stays_the_behaviour():
-    args = onestep.Args(kl_coef=1e9)
-    agent, behaviour = random_agent(onestep, args), random_behaviour()
+    agent, behaviour = random_agent(onestep, random_args()), random_behaviour()
     agent.actor.load_state_dict(behaviour.state_dict())
     params = list(agent.actor.parameters())
-    inputs = agent.critic, agent.actor, behaviour, random_batch()[0], random_noise()[0]
-    free, held = (torch.autograd.grad(onestep.reverse_kl_loss(*inputs, coef)[0], params) for coef in (0.0, 1e9))
+    batch, noise = random_batch(), random_noise()
+
+    def grads(kl_coef: float) -> tuple[torch.Tensor, ...]:
+        args = random_args(kl_coef=kl_coef)
+        return torch.autograd.grad(onestep.reverse_kl_loss(agent, behaviour, batch, noise, args)[0], params)
+
+    free, held = grads(0.0), grads(1e9)
     assert max(g.abs().max() for g in free) > 1e-3
     for one, other in zip(free, held, strict=True):  # at the behaviour the KL's gradient is zero, whatever its weight
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         params[0].add_(0.1)
-    pull = torch.autograd.grad(onestep.reverse_kl_loss(*inputs, 1e9)[0], params)[0]
-    assert pull.sum() > 0
+    assert grads(1e9)[0].sum() > 0
 
 
 @pytest.mark.parametrize("improvement", ["reverse-kl", "exp-weights"])
 def test_each_stage_changes_its_own_networks_alone(improvement):
-    args = onestep.Args(improvement=improvement)
+    args = random_args(improvement=improvement)
     agent, behaviour, rows = random_agent(onestep, args), random_behaviour(), as_rows(random_batch(), next_actions())
     nets = {"actor": agent.actor, "critic": agent.critic, "target": agent.target_critic, "behaviour": behaviour}
     for improve, changing in ((False, {"critic", "target"}), (True, {"actor"})):
@@ -177,8 +189,10 @@ class Near(nn.Module):
 
 
 def test_easy_bcq_takes_the_best_of_the_behaviours_candidates_and_depends_on_nothing_else():
-    behaviour, noise = random_behaviour(), random_noise()[:, :1]
-    policy = onestep.EasyBCQ(Near(), behaviour, noise)
+    behaviour, noise = random_behaviour(), random_noise()["candidates"][:, :1]
+    policy = onestep.EasyBCQ(OBS_DIM, ACTION_DIM, (8, 8), NUM).double()
+    policy.critic, policy.behaviour = Near(), behaviour
+    policy.noise.copy_(noise)
     obs = random_batch()[0]
     action = policy.act(obs)
     for row in range(BATCH):
@@ -189,20 +203,24 @@ def test_easy_bcq_takes_the_best_of_the_behaviours_candidates_and_depends_on_not
     assert len({tuple(np.round(a, 6)) for a in action.numpy()}) == BATCH
 
 
-@needs_compiler
-@pytest.mark.parametrize("improvement", ["reverse-kl", "exp-weights"])
-def test_compiled_and_eager_updates_agree(improvement, capsys):
-    args = onestep.Args(hidden_layers=1, improvement=improvement)
-    agents = [random_agent(onestep, args, torch.float32) for _ in range(2)]
-    torch.manual_seed(5)
-    behaviour = onestep.Actor(OBS_DIM, ACTION_DIM, 1).requires_grad_(False)
-    for improve in (False, True):
-        step = onestep.compiled(
-            lambda *x, i=improve: onestep.update(agents[0], behaviour, *x, i, args), args, torch.device("cpu")
-        )
-        for seed in range(2):
-            rows = as_rows(random_batch(torch.float32, seed), next_actions(torch.float32))
-            noise = random_noise(seed, torch.float32)
-            eager = onestep.update(agents[1], behaviour, rows, noise, improve, args)
-            torch.testing.assert_close(step(rows, noise), eager, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert capsys.readouterr().out == ""  # no word of going on eagerly
+def run_main(monkeypatch, folder, improvement: str) -> list[bool]:
+    """Whether it was the policy's turn, by update."""
+    seen, update = [], onestep.update
+    monkeypatch.setattr(onestep, "update", lambda *inputs: seen.append(inputs[4]) or update(*inputs))
+    run = {"num_updates": 8, "eval_episodes": 1, "compile": False, "run_dir": str(folder), "run_name": "own"}
+    onestep.main(random_args(improvement=improvement, policy_share=0.25, behaviour_updates=5, **run))
+    return seen
+
+
+def test_the_policy_is_improved_in_the_last_share_of_the_updates(tmp_path, monkeypatch):
+    assert run_main(monkeypatch, tmp_path, "exp-weights") == [False] * 6 + [True] * 2
+
+
+def test_easy_bcq_has_all_updates_for_q_and_its_saved_policy_acts_as_it_did(tmp_path, monkeypatch):
+    made, act = [], onestep.EasyBCQ.act
+    monkeypatch.setattr(onestep.EasyBCQ, "act", lambda self, obs: made.append((obs, act(self, obs))) or made[-1][1])
+    assert run_main(monkeypatch, tmp_path, "easy-bcq") == [False] * 8
+    obs, action = made[-1]
+    monkeypatch.undo()
+    policy = load_policy(tmp_path / "own", onestep.EasyBCQ)
+    np.testing.assert_allclose(policy(obs.numpy()), 2 * action, rtol=1e-6)  # Pendulum's box is [-2, 2]

@@ -42,7 +42,7 @@ def test_it_minimises_the_loss_and_freezes_the_weights(capsys):
     net = call()
     assert net.weight.item() == pytest.approx(3, abs=0.03) and net.bias.item() == pytest.approx(1, abs=0.03)
     assert not any(p.requires_grad for p in net.parameters())
-    assert "line, trained in" in capsys.readouterr().out
+    assert "line, fitted in" in capsys.readouterr().out
 
 
 def test_the_second_call_reuses_it_and_draws_the_same_numbers(capsys):

@@ -27,7 +27,7 @@ def loaded(monkeypatch):
     """Names of the datasets that were looked up; "a" and "b" exist, and return 100 is a normalised score of 50."""
     names = []
 
-    def load(name, device, env_id, classic_successors):
+    def load(name, device, env_id):
         names.append(name)
         if not name.endswith(("a/v0", "b/v0")):
             raise InputError(f"no {name}")
@@ -190,7 +190,7 @@ def test_unfinished_runs_are_left_out_and_said_unless_partial(tmp_path, capsys):
 def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_settings_are(tmp_path):
     for seed in range(3):
         config = json.loads((make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed) / "config.json").read_text())
-        config["args"] |= {"gamma": 0.9 if seed == 2 else 0.99, "num_threads": seed, "displace": seed == 1}
+        config["args"] |= {"gamma": 0.9 if seed == 2 else 0.99, "num_threads": seed, "compile": seed == 1}
         (tmp_path / "g" / str(seed) / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="g/0 and .*g/2 differ in gamma: no mean"):
         call(tmp_path, tmp_path / "g")
@@ -208,6 +208,21 @@ def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_se
         del about["settings"]
         path.write_text(f"# {json.dumps(about)}\n{rest}")
     assert call(tmp_path)["a/v0", ""]["seeds"] == "3"
+
+
+def test_networks_are_compared_with_those_of_runs_that_told_layers_of_256_units(tmp_path):
+    def run(seed: int, **sizes) -> Path:
+        folder = make_run(tmp_path / str(seed), [1, 2], seed=seed)
+        config = json.loads((folder / "config.json").read_text())
+        config["args"] |= sizes
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    runs = run(0, hidden_layers=2), run(1, hidden_sizes=[256, 256])
+    assert call(tmp_path, *runs)["a/v0", ""]["seeds"] == "2"
+    for other in (run(2, hidden_layers=3), run(3, hidden_sizes=[64, 64])):
+        with pytest.raises(InputError, match="differ in hidden_sizes: no mean"):
+            call(tmp_path, other)
 
 
 def test_the_readme_shows_a_scripts_own_settings_or_where_there_are_none_the_least_changed(tmp_path):
@@ -267,6 +282,8 @@ def test_commands_name_no_folder_of_a_machine():
     args = {"dataset": "a/v0", "seed": 4, "gamma": 0.99, "compile": False, "penalty_coef": 1.0, "max_alpha": np.inf}
     resumed = public("--resume /home/me/x/run", **args, run_dir="/home/me/x", run_name="run")
     assert resumed == "--dataset=a/v0 --seed=4 --no-compile --penalty-coef=1.0 --max-alpha=inf"
+    assert public("--resume /home/me/x/run", hidden_sizes=[64, 32], seed=1) == "--hidden-sizes 64 32 --seed=1"
+    assert public("--hidden-sizes 64 32 --run-dir x --seed 1") == "--hidden-sizes 64 32 --seed 1"
 
 
 def test_data_that_cannot_be_loaded_or_changed_leave_their_mean_out(tmp_path, capsys, loaded):

@@ -307,18 +307,6 @@ def test_a_folder_that_spoils_while_its_run_waits_is_left_alone(home, capsys, mo
     assert not Path("runs/g/pendulum-random-v0__mopo__1/checkpoint.pt").exists()
 
 
-def test_a_finished_grid_is_displaced_afterwards_and_again_where_that_was_cut_off(home, capsys):
-    folder = Path("runs/g/pendulum-random-v0__mopo__0")
-    assert run.main(run.Args(grid=write_grid(home, ""), workers=1)) == 0
-    displacing = write_grid(home, "displace = true")
-    for _ in range(2):
-        assert run.main(run.Args(grid=displacing, workers=1)) == 0
-        (folder / "displaced.csv").unlink()
-    capsys.readouterr()
-    assert run.main(run.Args(grid=write_grid(home, ""), workers=1)) == 0  # as it stands nobody asks for it
-    assert "1 finished" in capsys.readouterr().out
-
-
 def test_two_workers_that_want_the_same_ensemble_fit_it_once(home):
     assert run.main(run.Args(grid=write_grid(home, "penalty-coef = [0, 1, 2]"), workers=2)) == 0
     logs = [file.read_text() for file in Path("runs/g").glob("*/log.txt")]

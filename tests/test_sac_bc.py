@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,11 @@ from test_combo import (
     BATCH,
     OBS_DIM,
     as_rows,
-    needs_compiler,
     numpy_actor,
     numpy_mlp,
     numpy_q,
     random_agent,
     random_batch,
-    random_noise,
 )
 from torch.distributions import Normal, kl_divergence
 
@@ -26,9 +25,10 @@ import algos.sac_bc as sac_bc
 from common.dataset import load_dataset
 
 
+# --- Helpers, for test_onestep.py and test_osr.py too ---
 def random_behaviour(dtype=torch.float64) -> sac_bc.Actor:
     torch.manual_seed(5)
-    behaviour = sac_bc.Actor(OBS_DIM, ACTION_DIM).to(dtype)
+    behaviour = sac_bc.Actor(OBS_DIM, ACTION_DIM, (8, 8)).to(dtype)
     with torch.no_grad():
         behaviour.net[-1].weight.mul_(5)
     return behaviour.requires_grad_(False)
@@ -45,6 +45,17 @@ def numpy_log_prob(actor, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
     a = np.clip(action, -0.999, 0.999)
     density = np.exp(-(((np.arctanh(a) - mean) / std) ** 2) / 2) / (std * np.sqrt(2 * np.pi)) / (1 - a**2)
     return np.log(density).sum(axis=1)
+
+
+def random_args(**settings) -> sac_bc.Args:
+    return sac_bc.Args(hidden_sizes=(8, 8), **settings)
+
+
+def random_noise(seed: int = 2) -> dict[str, torch.Tensor]:
+    next_action, action = torch.randn(
+        2, BATCH, ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return {"next_action": next_action, "action": action}
 
 
 # --- The divergence ---
@@ -67,7 +78,7 @@ def test_kl_is_that_of_torch_distributions_and_never_below_zero():
 
 def test_kl_before_tanh_is_that_of_the_squashed_laws():
     torch.manual_seed(0)
-    actor, behaviour = (sac_bc.Actor(OBS_DIM, ACTION_DIM).double() for _ in range(2))
+    actor, behaviour = (sac_bc.Actor(OBS_DIM, ACTION_DIM, (8, 8)).double() for _ in range(2))
     with torch.no_grad():
         for net in (actor, behaviour):
             net.net[-1].bias.copy_(torch.tensor([0.3, -0.2, -1.0, -0.8]) * (1.3 if net is actor else 1.0))
@@ -82,7 +93,7 @@ def test_kl_before_tanh_is_that_of_the_squashed_laws():
 
 def test_log_prob_is_that_of_numpy_and_of_the_actors_own_samples():
     actor, obs = random_behaviour(), random_batch()[0]
-    action, log_prob = actor(obs, 0.3 * random_noise()[0][0])
+    action, log_prob = actor(obs, 0.3 * random_noise()["action"])
     inside = (action.abs() < 0.999).all(dim=1)
     assert inside.sum() > BATCH // 2
     torch.testing.assert_close(sac_bc.action_log_prob(actor, obs, action)[inside], log_prob[inside])
@@ -92,7 +103,7 @@ def test_log_prob_is_that_of_numpy_and_of_the_actors_own_samples():
 
 def test_log_prob_is_a_density_on_the_box_and_finite_at_its_ends():
     torch.manual_seed(0)
-    actor = sac_bc.Actor(OBS_DIM, 1).double()
+    actor = sac_bc.Actor(OBS_DIM, 1, (8, 8)).double()
     obs = torch.randn(1, OBS_DIM, dtype=torch.float64)
     grid = torch.linspace(-0.999, 0.999, 20_001, dtype=torch.float64)[:, None]
     density = sac_bc.action_log_prob(actor, obs.expand(len(grid), -1), grid).exp()
@@ -104,12 +115,12 @@ def test_log_prob_is_a_density_on_the_box_and_finite_at_its_ends():
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_actor_loss_is_that_of_numpy(kl, normalise):
-    args = sac_bc.Args(bc_coef=0.7, kl=kl, normalise_q=normalise, critic_lr=1e-12)
-    agent, behaviour, batch, (noise, _) = random_agent(sac_bc, args), random_behaviour(), random_batch(), random_noise()
+    args = random_args(bc_coef=0.7, kl=kl, normalise_q=normalise, critic_lr=1e-12)
+    agent, behaviour, batch, noise = random_agent(sac_bc, args), random_behaviour(), random_batch(), random_noise()
     with torch.no_grad():
         agent.log_alpha.fill_(-0.5)
     obs, logged = batch[0].numpy(), batch[1].numpy()
-    action, log_prob = numpy_actor(agent.actor, obs, noise[1].numpy())
+    action, log_prob = numpy_actor(agent.actor, obs, noise["action"].numpy())
     q = np.minimum(*(numpy_q(agent.critic, j, obs, action) for j in (0, 1)))
     loss = (np.exp(-0.5) * log_prob - q).mean() / (np.abs(q).mean() if normalise else 1)
     (m1, s1), (m2, s2) = numpy_gaussian(agent.actor, obs), numpy_gaussian(behaviour, obs)
@@ -122,24 +133,29 @@ def test_actor_loss_is_that_of_numpy(kl, normalise):
 
 def test_the_size_of_q_is_a_constant_to_the_gradient():
     """With it, and without entropy, an enlarged Q pulls the policy no more and no less."""
-    agent, obs = random_agent(sac_bc, sac_bc.Args()), random_batch()[0]
-    kl, noise, params = torch.zeros((), dtype=torch.float64), random_noise()[0][1], list(agent.actor.parameters())
+    agent, obs = random_agent(sac_bc, random_args()), random_batch()[0]
+    kl, noise, params = torch.zeros((), dtype=torch.float64), random_noise(), list(agent.actor.parameters())
 
     def grads(critic, normalise=True):
-        loss, _ = sac_bc.actor_loss(critic, agent.actor, torch.tensor(0.0), obs, noise, kl, 1.0, normalise)
+        nets, args = SimpleNamespace(actor=agent.actor, critic=critic), random_args(normalise_q=normalise)
+        loss, _ = sac_bc.actor_loss(nets, obs, noise, torch.tensor(0.0), kl, args)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
 
-    size = agent.critic(obs, agent.actor(obs, noise)[0]).amin(dim=0).abs().mean()
+    size = agent.critic(obs, agent.actor(obs, noise["action"])[0]).amin(dim=0).abs().mean()
     torch.testing.assert_close(grads(agent.critic), grads(lambda *x: 50 * agent.critic(*x)))
     torch.testing.assert_close(grads(agent.critic), grads(agent.critic, normalise=False) / size)
 
 
-def test_critic_loss_is_that_of_numpy():
-    args = sac_bc.Args(gamma=0.9)
-    agent, batch, (noise, _) = random_agent(sac_bc, args), random_batch(), random_noise()
+@pytest.mark.parametrize("backup_entropy", [False, True])
+def test_critic_loss_is_that_of_numpy(backup_entropy):
+    args = random_args(gamma=0.9, backup_entropy=backup_entropy)
+    agent, batch, noise = random_agent(sac_bc, args), random_batch(), random_noise()
+    with torch.no_grad():
+        agent.log_alpha.fill_(-0.5)
     obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
-    next_action, _ = numpy_actor(agent.actor, next_obs, noise[0].numpy())
+    next_action, next_log_prob = numpy_actor(agent.actor, next_obs, noise["next_action"].numpy())
     next_q = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
+    next_q -= np.exp(-0.5) * next_log_prob * backup_entropy
     target = np.where(terminal == 1, reward, reward + 0.9 * next_q)
     expected = sum(((numpy_q(agent.critic, j, obs, action) - target) ** 2).mean() for j in (0, 1))
     info = sac_bc.update(agent, random_behaviour(), as_rows(batch), noise, args)
@@ -148,15 +164,16 @@ def test_critic_loss_is_that_of_numpy():
 
 # --- Update ---
 def test_without_divergence_it_is_cql_without_its_term():
-    args = sac_bc.Args(bc_coef=0, normalise_q=False, hidden_layers=2)
-    agent, plain_args = random_agent(sac_bc, args), cql.Args(conservative_coef=0, hidden_layers=2)
+    args = random_args(bc_coef=0, normalise_q=False)
+    agent, plain_args = random_agent(sac_bc, args), cql.Args(conservative_coef=0, hidden_sizes=(8, 8))
     plain = cql.Agent(OBS_DIM, ACTION_DIM, plain_args).double()
     plain.load_state_dict(agent.state_dict(), strict=False)
     behaviour = random_behaviour()
     for seed in range(3):
-        rows, (noise, proposal_noise) = as_rows(random_batch(seed=seed)), random_noise(seed=seed)
+        rows, noise = as_rows(random_batch(seed=seed)), random_noise(seed=seed)
         sac_bc.update(agent, behaviour, rows, noise, args)
-        cql.update(plain, rows, noise, proposal_noise, plain_args)
+        proposals = torch.zeros(3, 1, BATCH, ACTION_DIM, dtype=torch.float64)
+        cql.update(plain, rows, noise | {"proposals": proposals}, plain_args)
     for name in ("actor", "critic", "target_critic"):
         for one, other in zip(getattr(agent, name).parameters(), getattr(plain, name).parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
@@ -164,8 +181,8 @@ def test_without_divergence_it_is_cql_without_its_term():
 
 
 def test_with_a_huge_forward_weight_it_is_behaviour_cloning():
-    args = sac_bc.Args(bc_coef=1e9, kl="forward", actor_lr=1e-3)
-    agent, (noise, _) = random_agent(sac_bc, args), random_noise()
+    args = random_args(bc_coef=1e9, kl="forward", actor_lr=1e-3)
+    agent, noise = random_agent(sac_bc, args), random_noise()
     clone = copy.deepcopy(agent.actor)
     opt = torch.optim.Adam(clone.parameters(), 1e-3)
     for seed in range(3):
@@ -181,7 +198,7 @@ def test_with_a_huge_forward_weight_it_is_behaviour_cloning():
 
 
 def test_at_the_behaviour_the_reverse_divergence_is_zero_and_elsewhere_it_pulls_back():
-    agent, behaviour, (obs, action, *_) = random_agent(sac_bc, sac_bc.Args()), random_behaviour(), random_batch()
+    agent, behaviour, (obs, action, *_) = random_agent(sac_bc, random_args()), random_behaviour(), random_batch()
     params = list(agent.actor.parameters())
     away = sac_bc.divergence(agent.actor, behaviour, obs, action, "reverse")
     agent.actor.load_state_dict(behaviour.state_dict())
@@ -191,25 +208,11 @@ def test_at_the_behaviour_the_reverse_divergence_is_zero_and_elsewhere_it_pulls_
 
 
 def test_updates_leave_the_behaviour_model_as_it_is():
-    args = sac_bc.Args()
-    agent, behaviour, (noise, _) = random_agent(sac_bc, args), random_behaviour(), random_noise()
+    args = random_args()
+    agent, behaviour, noise = random_agent(sac_bc, args), random_behaviour(), random_noise()
     before = copy.deepcopy(behaviour.state_dict())
     sac_bc.update(agent, behaviour, as_rows(random_batch()), noise, args)
     assert all(torch.equal(before[key], value) for key, value in behaviour.state_dict().items())
-
-
-@needs_compiler
-def test_compiled_and_eager_updates_agree(capsys):
-    args = sac_bc.Args(hidden_layers=1)
-    agents = [random_agent(sac_bc, args, torch.float32) for _ in range(2)]
-    torch.manual_seed(5)
-    behaviour = sac_bc.Actor(OBS_DIM, ACTION_DIM, 1).requires_grad_(False)
-    step = sac_bc.compiled(lambda *x: sac_bc.update(agents[0], behaviour, *x, args), args, torch.device("cpu"))
-    for seed in range(3):
-        inputs = as_rows(random_batch(torch.float32, seed)), random_noise(torch.float32, seed)[0]
-        eager = sac_bc.update(agents[1], behaviour, *inputs, args)
-        torch.testing.assert_close(step(*inputs), eager, rtol=1e-4, atol=1e-5)
-    assert capsys.readouterr().out == ""  # no word of going on eagerly
 
 
 # --- The behaviour model ---
@@ -220,8 +223,8 @@ def test_the_behaviour_model_finds_mean_and_deviation_of_the_log(tmp_path, monke
     x = 0.5 * obs + 0.3 * rng.normal(size=obs.shape)
     arrays = {"observations": obs, "actions": np.tanh(x), "rewards": obs[:, 0], "next_observations": obs}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.ones(len(obs), bool))
-    args = sac_bc.Args(hidden_layers=1, behaviour_updates=2_500, behaviour_lr=2e-3, compile=False)
-    behaviour = sac_bc.behaviour_model(load_dataset(str(tmp_path / "own.npz")), args)
+    args = sac_bc.Args(hidden_sizes=(32,), behaviour_updates=1_500, behaviour_lr=3e-3)
+    behaviour = sac_bc.behaviour_model(load_dataset(str(tmp_path / "own.npz")), args, lambda function: function)
     grid = torch.linspace(-0.9, 0.9, 7)[:, None]
     assert not any(p.requires_grad for p in behaviour.parameters())
     mean, log_std = sac_bc.gaussian(behaviour, grid)

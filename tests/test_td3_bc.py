@@ -2,15 +2,20 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_combo import ACTION_DIM, BATCH, OBS_DIM, as_rows, needs_compiler, numpy_mlp, numpy_q, random_batch
+from test_combo import ACTION_DIM, BATCH, OBS_DIM, as_rows, numpy_mlp, numpy_q, random_batch
 
 import algos.bc as bc
 import algos.td3_bc as td3_bc
 from common.dataset import load_dataset
+
+
+def random_args(**settings) -> td3_bc.Args:
+    return td3_bc.Args(hidden_sizes=(8, 8), **settings)
 
 
 def random_agent(args, dtype=torch.float64):
@@ -25,8 +30,9 @@ def random_agent(args, dtype=torch.float64):
     return agent
 
 
-def random_noise(seed: int = 2, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(BATCH, ACTION_DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def random_noise(seed: int = 2, size: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"next_action": size * torch.randn(BATCH, ACTION_DIM, generator=generator, dtype=torch.float64)}
 
 
 def numpy_policy(actor, obs: np.ndarray) -> np.ndarray:
@@ -36,12 +42,12 @@ def numpy_policy(actor, obs: np.ndarray) -> np.ndarray:
 # --- Losses ---
 @pytest.mark.parametrize("size", [0.5, 5.0])  # the second reaches both bounds, of the noise and of the box
 def test_critic_loss_is_that_of_numpy(size):
-    args = td3_bc.Args(gamma=0.9)
-    agent, batch, noise = random_agent(args), random_batch(), random_noise() * size
+    args = random_args(gamma=0.9)
+    agent, batch, noise = random_agent(args), random_batch(), random_noise(size=size)
     obs, action, reward, next_obs, terminal = (x.numpy() for x in batch)
     with torch.no_grad():
         agent.target_actor.net[-2].weight.mul_(20)
-    smoothing = np.minimum(np.maximum(0.2 * noise.numpy(), -0.5), 0.5)
+    smoothing = np.minimum(np.maximum(0.2 * noise["next_action"].numpy(), -0.5), 0.5)
     next_action = np.minimum(np.maximum(numpy_policy(agent.target_actor, next_obs) + smoothing, -1), 1)
     next_value = np.minimum(*(numpy_q(agent.target_critic, j, next_obs, next_action) for j in (0, 1)))
     target = np.where(terminal == 1, reward, reward + 0.9 * next_value)
@@ -51,8 +57,9 @@ def test_critic_loss_is_that_of_numpy(size):
 
 
 def test_actor_loss_and_its_gradient_are_those_of_numpy_with_a_constant_lambda():
-    agent, (obs, action, *_) = random_agent(td3_bc.Args()), random_batch()
-    loss, info = td3_bc.actor_loss(agent.critic, agent.actor, obs, action, 2.5)
+    args = random_args(q_coef=2.5)
+    agent, (obs, action, *_) = random_agent(args), random_batch()
+    loss, info = td3_bc.actor_loss(agent, obs, action, args)
     grads = torch.autograd.grad(loss, list(agent.actor.parameters()))
     first = numpy_q(agent.critic, 0, obs.numpy(), numpy_policy(agent.actor, obs.numpy()))
     coef = 2.5 / np.abs(first).mean()
@@ -76,31 +83,32 @@ def test_actor_loss_and_its_gradient_are_those_of_numpy_with_a_constant_lambda()
 
 
 def test_the_scale_of_rewards_does_not_change_the_policys_gradient():
-    agent, (obs, action, *_) = random_agent(td3_bc.Args()), random_batch()
+    args = random_args()
+    agent, (obs, action, *_) = random_agent(args), random_batch()
     grads = []
     for scale in (1.0, 1000.0):
         critic = lambda obs, action: scale * agent.critic(obs, action)  # noqa: E731, B023
-        loss, _ = td3_bc.actor_loss(critic, agent.actor, obs, action, 2.5)
+        loss, _ = td3_bc.actor_loss(SimpleNamespace(actor=agent.actor, critic=critic), obs, action, args)
         grads.append(torch.autograd.grad(loss, list(agent.actor.parameters())))
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)
 
 
 def test_without_q_the_policy_is_behaviour_clonings():
-    args = td3_bc.Args(q_coef=0.0, policy_interval=1)
-    agent, clone = random_agent(args), bc.Agent(OBS_DIM, ACTION_DIM, bc.Args()).double()
+    args, bc_args = random_args(q_coef=0.0), bc.Args(hidden_sizes=(8, 8))
+    agent, clone = random_agent(args), bc.Agent(OBS_DIM, ACTION_DIM, bc_args).double()
     clone.actor.load_state_dict(agent.actor.state_dict())
     for step in range(3):
         rows = as_rows(random_batch(seed=step))
         td3_bc.update(agent, rows, random_noise(step), True, args)
-        bc.update(clone, rows, bc.Args())
+        bc.update(clone, rows, bc_args)
     for one, other in zip(agent.actor.parameters(), clone.actor.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
 
 # --- Update ---
 def test_updates_equal_those_of_a_plain_learner():
-    args = td3_bc.Args(actor_lr=2e-3, critic_lr=1e-3, gamma=0.95, tau=0.1)
+    args = random_args(actor_lr=2e-3, critic_lr=1e-3, gamma=0.95, tau=0.1)
     agent = random_agent(args)
     plain = copy.deepcopy(agent)
     opts = [torch.optim.Adam(plain.actor.parameters(), 2e-3), torch.optim.Adam(plain.critic.parameters(), 1e-3)]
@@ -109,7 +117,7 @@ def test_updates_equal_those_of_a_plain_learner():
         info = td3_bc.update(agent, as_rows(batch), noise, improve, args)
         obs, action, reward, next_obs, terminal = batch
         with torch.no_grad():
-            next_action = plain.target_actor(next_obs) + torch.clip(noise * 0.2, -0.5, 0.5)
+            next_action = plain.target_actor(next_obs) + torch.clip(noise["next_action"] * 0.2, -0.5, 0.5)
             q1, q2 = plain.target_critic(next_obs, torch.clip(next_action, -1, 1))
             target = torch.where(terminal == 1, reward, reward + 0.95 * torch.minimum(q1, q2))
         q1, q2 = plain.critic(obs, action)
@@ -131,33 +139,13 @@ def test_updates_equal_those_of_a_plain_learner():
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # Adam enlarges rounding errors
 
 
-@needs_compiler
-def test_compiled_and_eager_updates_agree(capsys):
-    args = td3_bc.Args(hidden_layers=1)
-    agents = [random_agent(args, torch.float32), random_agent(args, torch.float32)]
-    for improve in (False, True):
-        step = td3_bc.compiled(
-            lambda *x, improve=improve: td3_bc.update(agents[0], *x, improve, args), args, torch.device("cpu")
-        )
-        for seed in range(2):
-            rows, noise = as_rows(random_batch(torch.float32, seed)), random_noise(seed, torch.float32)
-            info, expected = step(rows, noise), td3_bc.update(agents[1], rows, noise, improve, args)
-            for name, value in expected.items():
-                torch.testing.assert_close(info[name], value, equal_nan=True, rtol=1e-4, atol=1e-5)
-    assert capsys.readouterr().out == ""  # no word of going on eagerly
-    for (name, one), other in zip(agents[0].state_dict().items(), agents[1].state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_policy_and_targets_move_in_every_second_update(tmp_path, monkeypatch):
-    seen, args = [], td3_bc.Args()
-    update = td3_bc.update
+@pytest.mark.parametrize("interval, expected", [(2, [False, True] * 3), (3, [False, False, True] * 2)])
+def test_policy_and_targets_move_in_one_of_policy_interval_updates(tmp_path, monkeypatch, interval, expected):
+    seen, update = [], td3_bc.update
     monkeypatch.setattr(td3_bc, "update", lambda *inputs: seen.append(inputs[3]) or update(*inputs))
-    monkeypatch.setattr(td3_bc, "make_envs", lambda *_: None)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["td3_bc.py", "--no-compile", "--num-updates", "6", "--run-dir", str(tmp_path)])
-    td3_bc.main(*td3_bc.read_args())
-    assert [bool(x) for x in seen] == [False, True] * 3 and args.policy_interval == 2
+    run = {"num_updates": 6, "eval_episodes": 1, "compile": False, "run_dir": str(tmp_path)}
+    td3_bc.main(random_args(policy_interval=interval, **run))
+    assert seen == expected
 
 
 # --- Observations ---
@@ -167,7 +155,7 @@ def test_the_policy_acts_on_raw_observations_as_it_learned_on_standardised_ones(
     arrays = {"observations": obs, "actions": rng.uniform(-1, 1, (40, ACTION_DIM)), "rewards": np.zeros(40)}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(40, bool), timeouts=np.arange(40) % 20 == 19)
     data = load_dataset(str(tmp_path / "own.npz"))
-    actor = td3_bc.Actor(OBS_DIM, ACTION_DIM)
+    actor = td3_bc.Actor(OBS_DIM, ACTION_DIM, (8, 8))
     scaled = td3_bc.standardise(data, actor)
     raw = data.obs.numpy().astype(float)
     np.testing.assert_allclose(
@@ -177,15 +165,16 @@ def test_the_policy_acts_on_raw_observations_as_it_learned_on_standardised_ones(
     torch.testing.assert_close(scaled.next_obs[:18], scaled.obs[1:19])  # the same numbers for successors
     torch.testing.assert_close(actor.act(data.obs), actor(scaled.obs))
     assert torch.equal(data.obs, torch.tensor(raw, dtype=torch.float32))
-    fresh = td3_bc.Actor(OBS_DIM, ACTION_DIM)
+    fresh = td3_bc.Actor(OBS_DIM, ACTION_DIM, (8, 8))
     fresh.load_state_dict(actor.state_dict())  # as whoever loads policy.pt does
     torch.testing.assert_close(fresh.act(data.obs), actor(scaled.obs))
 
 
 def test_a_state_dict_restores_everything():
-    agent, other = random_agent(td3_bc.Args()), td3_bc.Agent(OBS_DIM, ACTION_DIM, td3_bc.Args()).double()
-    td3_bc.update(agent, as_rows(random_batch()), random_noise(), True, td3_bc.Args())
+    args = random_args()
+    agent, other = random_agent(args), td3_bc.Agent(OBS_DIM, ACTION_DIM, args).double()
+    td3_bc.update(agent, as_rows(random_batch()), random_noise(), True, args)
     other.load_state_dict(agent.state_dict())
     for nets in (agent, other):
-        td3_bc.update(nets, as_rows(random_batch(seed=5)), random_noise(6), True, td3_bc.Args())
+        td3_bc.update(nets, as_rows(random_batch(seed=5)), random_noise(6), True, args)
     assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), other.state_dict().values()))

@@ -1,14 +1,13 @@
 """The toy's environment against what is known in closed form, and its measurements on policies written by hand."""
 
 import json
-from dataclasses import asdict
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import tyro
 
-from benchmarks import toy_recovery as toy
+from benchmarks.grid import read_settings
+from benchmarks.studies import toy_recovery as toy
 from common.dataset import load_dataset
 
 
@@ -128,16 +127,16 @@ def test_policies_of_other_settings_are_refused_and_finished_ones_kept(tmp_path,
     monkeypatch.setattr(toy, "ROOT", tmp_path)
     monkeypatch.setattr(toy.subprocess, "run", lambda command, **_: commands.append(command[1:]))
     commands = []
-    file = toy.train("OSR", 1)
-    args = asdict(tyro.cli(toy.osr.Args, args=commands[0][1:]))
+    folder = toy.train("OSR", 1)
+    args = read_settings(toy.osr, commands[0][1:])
     assert args["noise_scale"] == 0.3 and args["seed"] == 1
-    file.parent.mkdir(parents=True)
-    (file.parent / "config.json").write_text(json.dumps({"args": args}))
-    assert toy.train("OSR", 1) == file and commands[1][1] == "--resume"
-    del args["displace"]  # a setting that the run's commit did not have yet: its default
-    (file.parent / "config.json").write_text(json.dumps({"args": args}))
-    file.touch()
-    assert toy.train("OSR", 1) == file and len(commands) == 2
-    (file.parent / "config.json").write_text(json.dumps({"args": args | {"min_std": 0.5}}))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"args": args}))
+    assert toy.train("OSR", 1) == folder and commands[1][1] == "--resume"
+    del args["kl"]  # a setting that the run's commit did not have yet: its default
+    (folder / "config.json").write_text(json.dumps({"args": args}))
+    (folder / "policy.pt").touch()
+    assert toy.train("OSR", 1) == folder and len(commands) == 2
+    (folder / "config.json").write_text(json.dumps({"args": args | {"min_std": 0.5}}))
     with pytest.raises(SystemExit, match="osr__1 was trained with other settings"):
         toy.train("OSR", 1)

@@ -1,6 +1,5 @@
-"""benchmarks/uncertainty.py: the simulator in simulated states, true errors, and a run from its folder to the table."""
+"""The study of uncertainty: the simulator in simulated states, true errors, and a run from its folder to the table."""
 
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import algos.mopo as mopo
-import benchmarks.uncertainty as uncertainty
-from common.dataset import InputError
+from algos import mopo
+from benchmarks.studies import uncertainty
+from common import InputError
+from common.run import read_args
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Pendulum-v1"])
@@ -96,7 +96,7 @@ class Members:
 class Agent:
     """V is 10 times the first coordinate, whatever the action."""
 
-    actor = mopo.Actor(3, 2)
+    actor = mopo.Actor(3, 2, (8,))
 
     def target_critic(self, obs, action):
         return torch.stack([10 * obs[:, 0], 10 * obs[:, 0] + 5])
@@ -142,23 +142,23 @@ def test_errors_are_those_of_the_elites_mean_successor_and_backup():
 
 
 def test_a_finished_run_becomes_two_tables_and_an_unfinished_one_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    (tmp_path / "minari").mkdir()
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     name = "pendulum-random-v0__mopo__penalty-coef=0__0"
     flags = "--no-compile --num-updates 20 --eval-interval 20 --eval-episodes 1 --rollout-batch-size 100"
     flags += f" --rollout-length 2 --dynamics-max-epochs 1 --num-threads 1 --penalty-coef 0 --run-name {name}"
     monkeypatch.setattr(sys, "argv", ["mopo.py", *flags.split(), "--run-dir", str(tmp_path / "runs")])
-    mopo.main(*mopo.read_args())
+    mopo.main(read_args(mopo.Args, mopo.TUNED))
     capsys.readouterr()
     out = tmp_path / "table.md"
     uncertainty.main(uncertainty.Args(runs=(tmp_path / "runs",), num_starts=50, num_samples=2, out=out))
     tables = out.read_text()
     assert tables.count("| pendulum/random-v0 | mopo penalty-coef=0 | 0 | 100 | 100% |") == 2
     assert tables.split("\n\n", 2)[2].strip() in capsys.readouterr().out
+    config = tmp_path / "runs" / name / "config.json"
+    config.write_text(config.read_text().replace('"gamma"', '"discount"'))
+    with pytest.raises(InputError, match="of another version of mopo.py .*discount.*: run it again"):
+        uncertainty.main(uncertainty.Args(runs=(tmp_path / "runs",)))
     (tmp_path / "runs" / name / "policy.pt").unlink()
     with pytest.raises(InputError, match="no finished run of mopo, mobile, combo"):
         uncertainty.main(uncertainty.Args(runs=(tmp_path / "runs",)))
     with pytest.raises(InputError, match="no run in"):
-        uncertainty.main(uncertainty.Args(runs=(tmp_path / "minari",)))
+        uncertainty.main(uncertainty.Args(runs=(tmp_path / "nothing",)))

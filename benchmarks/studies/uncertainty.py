@@ -10,8 +10,8 @@ value that they expect? (Not the mean of their errors: that grows with their spr
 with V(s) = min_j Q'_j(s, pi(s)) of the run. By rank (Spearman, within each step of the rollouts, then the mean of
 steps) against both: MOPO's deviation, MOPO's disagreement, MOReL's discrepancy, MOBILE's inconsistency, and, needing
 no ensemble, the distance to the nearest logged (s,a) in standard deviations.
-Run: python benchmarks/uncertainty.py runs/my-mopo-run        prints the tables
-     python benchmarks/uncertainty.py runs/mopo-penalty --out benchmarks/results/uncertainty.md
+Run: python benchmarks/studies/uncertainty.py runs/my-mopo-run        prints the tables
+     python benchmarks/studies/uncertainty.py runs/mopo-penalty --out benchmarks/results/uncertainty.md
 """
 
 import importlib
@@ -29,18 +29,19 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from algos import mobile, mopo, morel  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from algos import mobile, morel  # noqa: E402
+from benchmarks.film import run_folders  # noqa: E402
 from benchmarks.report import number, table, variant_of  # noqa: E402
-from common.dataset import InputError, OfflineDataset, load_dataset  # noqa: E402
+from common import InputError  # noqa: E402
+from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.dynamics import Dynamics, load_or_fit  # noqa: E402
 from common.terminations import termination_fn  # noqa: E402
 
 SCRIPTS = ("mopo", "mobile", "combo")  # whose critics and rollouts are alike
 NOTE = """\
-Written by `python benchmarks/uncertainty.py`, whose head defines the errors. Simulated steps of finished runs are
-made again by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a
+Written by `python benchmarks/studies/uncertainty.py`, whose head defines the errors. Simulated steps of finished runs
+are made again by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a
 penalty is made of with the true error of that step, the mean over the steps of the rollouts. **kept**: share of
 simulated states that can be put into the simulator; Hopper and Walker2d cut the observed velocities off at 10, and
 the states left out are those where the ensemble is least sure. An end of the episode that the model foresees wrongly
@@ -123,15 +124,15 @@ def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, actio
     """What penalties are made of, (rows,) each, by name."""
     next_mean, _, std = dynamics.predict(obs, action)
     noise = torch.randn(num_samples, len(dynamics.elites), len(obs), obs.shape[1] + 1 + action.shape[1])
-    backups = mobile.member_backups(dynamics, agent.actor, agent.target_critic, obs, action, noise)
+    backups = mobile.member_backups(agent, dynamics, obs, action, noise)
     logged = torch.cat([data.obs, data.action], dim=1)
     (width, mean), exact = torch.std_mean(logged, dim=0), "donot_use_mm_for_euclid_dist"
     unit = torch.where(width > 1e-6 * (1 + mean.abs()), width, 1.0)  # constants keep their unit
     logged, here = logged / unit, torch.cat([obs, action], dim=1) / unit
     nearest = [torch.cdist(rows, logged, compute_mode=exact).amin(dim=1) for rows in here.split(100)]
     return {
-        "MOPO deviation": mopo.aleatoric_uncertainty(std),
-        "MOPO disagreement": mopo.disagreement(next_mean),
+        "MOPO deviation": std.norm(dim=-1).amax(dim=0),
+        "MOPO disagreement": (next_mean - next_mean.mean(dim=0)).norm(dim=-1).amax(dim=0),  # of the authors' code
         "MOReL": morel.discrepancy(next_mean[dynamics.elites]),
         "MOBILE": mobile.bellman_inconsistency(backups),
         "distance": torch.cat(nearest),
@@ -162,16 +163,20 @@ def examine(folder: Path, args: Args) -> dict:
     if config["algo"] not in SCRIPTS or not (folder / "policy.pt").is_file():
         raise InputError(f"{folder} is no finished run of {', '.join(SCRIPTS)}: name one that is")
     script = importlib.import_module(f"algos.{config['algo']}")
-    settings = script.Args(**config["args"])
-    data = load_dataset(settings.dataset, "cpu", settings.env_id or None, settings.successors == "classic")
+    try:
+        settings = {name: tuple(value) if type(value) is list else value for name, value in config["args"].items()}
+        settings = script.Args(**settings)
+    except TypeError as error:
+        raise InputError(f"{folder} is of another version of {config['algo']}.py ({error}): run it again") from None
+    data = load_dataset(settings.dataset, "cpu", settings.env_id or None)
     env = make_simulator(data)
     check_simulator(env, data)
     agent = script.Agent(data.obs.shape[1], data.action.shape[1], settings)
-    script.load_checkpoint(folder, agent, data)
+    agent.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["modules"]["agent"])
     torch.manual_seed(args.seed)
     ensemble = {"num_members": settings.num_members, "num_elites": settings.num_elites}
-    ensemble |= {"max_epochs": settings.dynamics_max_epochs, "path": settings.dynamics}
-    dynamics = load_or_fit(data, settings.seed, **ensemble)
+    ensemble |= {"hidden_size": settings.dynamics_hidden_size, "max_epochs": settings.dynamics_max_epochs}
+    dynamics = load_or_fit(data, settings.seed, path=settings.dynamics, **ensemble)
     terminal_fn = termination_fn(settings.termination, data, settings.seed)
     one_step, obs_dim, action_dim = replace(settings, rollout_length=1), data.obs.shape[1], data.action.shape[1]
     obs, num_simulated, steps = data.obs[torch.randint(len(data.obs), (args.num_starts,))], 0, []
@@ -209,10 +214,7 @@ def text(rows: list[dict]) -> str:
 
 
 def main(args: Args) -> None:
-    folders = [config.parent for run in args.runs for config in sorted(run.rglob("config.json"))]
-    if not folders:
-        raise InputError(f"no run in {', '.join(map(str, args.runs))}: a run's folder holds config.json")
-    rows = [examine(folder, args) for folder in tqdm(folders, unit="run")]
+    rows = [examine(folder, args) for folder in tqdm(run_folders(args.runs), unit="run")]
     print(text(rows))
     if args.out:
         args.out.write_text(f"# What penalties know\n\n{NOTE}\n{text(rows)}\n")

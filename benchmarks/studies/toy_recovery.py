@@ -3,14 +3,14 @@
 A point in the plane, s' = s + STEP a, so that the action from s to s' is known: (s' - s) / STEP. The log goes round a
 ring, a few steps an episode, and never corrects itself. A policy is trained on it, goes round, is kicked off and acts
 on: how far is the nearest logged state after each step? Off the road nothing is earned, which no log tells.
-Run: python benchmarks/toy_recovery.py      trains what is not in runs/toy-recovery yet, draws, prints the tables
+Run: python benchmarks/studies/toy_recovery.py    trains what is not in runs/toy-recovery yet, draws, prints the tables
 """
 
 import importlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,13 +22,15 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import osr  # noqa: E402
+from benchmarks.grid import as_json, read_settings  # noqa: E402
 from benchmarks.report import RESULTS, finish, mean_sd, number, table  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
+from common.run import load_policy  # noqa: E402
 
-ENV_ID = "benchmarks.toy_recovery:PointMass-v0"
+ENV_ID = "benchmarks.studies.toy_recovery:PointMass-v0"
 STEP = 0.1  # distance that an action of 1 moves the point
 ROAD = 0.4  # half the width of the road, the ring of radius 1 on which something is earned; the log never leaves it
 KICK = 0.5  # length of the displacement, inwards or outwards
@@ -126,7 +128,7 @@ COLORS = {"SAC+BC": "C0", "OSR": "C1", "SDC": "C2"}
 
 
 def train(name: str, seed: int) -> Path:
-    """Where the policy is; what is there already is kept. SystemExit where it has other settings than these."""
+    """The run's folder; what is there already is kept. SystemExit where it has other settings than these."""
     run = "-".join(name.lower().translate(dict.fromkeys(b"+,^")).split()) + f"__{seed}"
     script, _, settings = RUNS[name].partition(" ")
     flags = f"--dataset {FOLDER}/ring.npz --env-id {ENV_ID} --seed {seed} {settings} {COMMON}"
@@ -134,14 +136,14 @@ def train(name: str, seed: int) -> Path:
     command, config = f"python algos/{script}.py {flags}", ROOT / FOLDER / run / "config.json"
     if config.exists():  # it was killed, or is finished
         command = f"python algos/{script}.py --resume {FOLDER}/{run}"
-        settings = importlib.import_module(f"algos.{script}").Args
-        found = asdict(settings()) | json.loads(config.read_text())["args"]
-        if found != asdict(tyro.cli(settings, args=flags.split())):
+        module = importlib.import_module(f"algos.{script}")
+        found = as_json(module.Args()) | json.loads(config.read_text())["args"]
+        if found != read_settings(module, flags.split()):
             sys.exit(f"error: {config.parent} was trained with other settings than today's: delete that folder")
     if not (config.parent / "policy.pt").exists():
         print(command, flush=True)
         subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
-    return config.parent / "policy.pt"
+    return config.parent
 
 
 # --- The measurement ---
@@ -170,15 +172,14 @@ def rollout(act, kick: bool) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(path), earned
 
 
-def policy(path: Path):
-    actor = osr.Actor(2, 2)  # the same text in all scripts
-    actor.load_state_dict(torch.load(path, weights_only=True)["actor"])
-    return lambda position: actor.act(torch.as_tensor(position).float()).detach().double().numpy()
+def policy(folder: Path):
+    act = load_policy(folder, osr.Actor)  # the same class in all scripts
+    return lambda position: act(position).astype(np.float64)
 
 
 def inverse_check(data: OfflineDataset, seed: int, noise_scale: float) -> tuple[float, float, float]:
     """OSR's fitted I(a|s^,s') beside the exact recovery action: share of rows where it is one step, error, slope."""
-    model = osr.inverse_model(data, osr.Args(seed=seed, compile=False, **INVERSE))  # the runs have trained it
+    model = osr.inverse_model(data, osr.Args(seed=seed, **INVERSE), lambda loss: loss)  # the runs have trained it
     noise = torch.randn(data.obs.shape, generator=torch.Generator().manual_seed(0))
     perturbed = osr.perturb(data.obs, data.obs.std(dim=0), noise, noise_scale)
     mean, *_ = model(perturbed, data.next_obs, torch.zeros(len(noise), model.latent_dim))
@@ -246,7 +247,8 @@ def main(args: Args) -> None:
     data = load_dataset(str(file), "cpu", ENV_ID)
     logged, paths, earned = data.obs.double().numpy(), {}, {}
     for name in RUNS:
-        results = [[rollout(policy(train(name, s)), kick) for kick in (False, True)] for s in range(args.num_seeds)]
+        policies = [policy(train(name, seed)) for seed in range(args.num_seeds)]
+        results = [[rollout(act, kick) for kick in (False, True)] for act in policies]
         paths[name], earned[name] = (np.array([[pair[i] for pair in seed] for seed in results]) for i in range(2))
     draw(args.out_dir / "toy-recovery.png", paths, logged)
     print("", score_table(paths, earned, logged), "", inverse_table(data, args.num_seeds), sep="\n")

@@ -20,7 +20,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import algos.mopo as mopo
-from common.dataset import InputError, load_dataset
+import common.run
+from common import InputError, machine
+from common.dataset import load_dataset
+from common.run import load_policy, make_envs, read_args
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -29,16 +32,18 @@ TINY = {
     "rollout-batch-size": 100, "rollout-interval": 15, "batch-size": 32, "dynamics-max-epochs": 1,
     "num-trajectories": 4, "horizon": 10, "pessimistic-episodes": 4, "cg-iterations": 3, "clone-epochs": 1,
     "behaviour-updates": 20, "inverse-updates": 20, "transition-updates": 20, "policy-share": 0.5,
-    "warm-start-updates": 10, "real-ratio-interval": 5, "num-bootstrap": 2,
+    "warm-start-updates": 10, "real-ratio-interval": 5, "num-bootstrap": 2, "hidden-sizes": "16 16",
+    "dynamics-hidden-size": 16,
 }  # fmt: skip
+MODULES = {script: importlib.import_module(f"algos.{script}") for script in SCRIPTS}
 every_script = pytest.mark.parametrize("script", SCRIPTS)  # other tests run mopo.py, for the plumbing is the same text
 
 
 def tiny(script: str) -> list[str]:
     """The flags of a tiny run, without those that a script lacks."""
     known = importlib.import_module(f"algos.{script}").Args.__dataclass_fields__
-    pairs = [(f"--{flag}", str(value)) for flag, value in TINY.items() if flag.replace("-", "_") in known]
-    return ["--no-compile", *(word for pair in pairs for word in pair)]
+    words = [[f"--{flag}", *str(value).split()] for flag, value in TINY.items() if flag.replace("-", "_") in known]
+    return ["--no-compile", *(word for setting in words for word in setting)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,6 @@ def run(home, tmp_path, monkeypatch):
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(home / "cache"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(home / "minari"))
     (home / "minari").mkdir(exist_ok=True)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(*flags: str, script: str = "mopo") -> Path:
         resumes = "--resume" in flags
@@ -61,7 +65,7 @@ def run(home, tmp_path, monkeypatch):
         argv = [*([] if resumes else tiny(script)), "--run-dir", str(tmp_path), *names, *flags]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
         module = importlib.import_module(f"algos.{script}")
-        module.main(*module.read_args())
+        module.main(read_args(module.Args, module.TUNED))
         return tmp_path / "run"
 
     call.folder = tmp_path / "run"
@@ -85,10 +89,9 @@ def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
 def assert_same_checkpoint(one: Path, other: Path) -> None:
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other))
     assert a["progress"]["update"] == b["progress"]["update"]
-    for name in ("agent", "buffer", "rng"):
-        first, second = (tensors((state | state["progress"]).get(name, {})) for state in (a, b))
-        assert first or name == "buffer"
-        assert first.keys() == second.keys()
+    for name in ("modules", "rng"):
+        first, second = (tensors(state[name]) for state in (a, b))
+        assert first and first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
@@ -134,8 +137,6 @@ def test_a_run_leaves_config_curves_checkpoint_and_policy(script, run, capsys):
     assert all(math.isfinite(value) for value in known)
     assert [e.step for e in events.Scalars("return_mean")] == [20, 40]
     policy = torch.load(folder / "policy.pt", weights_only=True)
-    module = importlib.import_module(f"algos.{script}")
-    module.Agent(3, 1, module.Args(**config["args"])).actor.load_state_dict(policy["actor"])
     if "obs_mean" in policy["actor"]:  # a policy that standardises
         torch.testing.assert_close(policy["actor"]["obs_mean"], load_dataset("pendulum/random-v0").obs.mean(dim=0))
     assert policy["action_high"].item() == 2.0 and json.loads(policy["config"])["algo"] == script
@@ -147,20 +148,32 @@ def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(r
     assert "setting     --penalty-coef 0.25 (command line)" in out
     assert "setting     --alpha-lr 0.0001 (command line)" in out  # the script's default, but not TUNED's
     assert "setting     --score-evals 3 (TUNED for this dataset)" in out
-    assert out[0] == f"run         {folder}"
+    assert f"run         {folder}" == next(line for line in out if not line.startswith("setting"))
 
 
 @pytest.mark.parametrize(
     "script, flags",
-    [("mopo", ()), ("sdm_gan", ("--num-candidates", "3")), ("onestep", ("--improvement", "easy-bcq"))],
+    [(script, ()) for script in SCRIPTS]
+    + [("sdm_gan", ("--num-candidates", "3")), ("onestep", ("--improvement", "easy-bcq"))],
 )
-def test_the_saved_policy_is_the_one_that_was_evaluated(run, monkeypatch, script, flags):
-    module, seen = importlib.import_module(f"algos.{script}"), []
-    evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda policy, *rest: seen.append(policy) or evaluate(policy, *rest))
-    saved = torch.load(run(*flags, script=script) / "policy.pt", weights_only=True)["actor"]
-    state = seen[-1].state_dict()
-    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+def test_load_policy_gives_the_policy_that_was_evaluated_in_the_environments_box(run, monkeypatch, script, flags):
+    module, seen, evaluate = importlib.import_module(f"algos.{script}"), [], common.run.evaluate
+    monkeypatch.setattr(common.run, "evaluate", lambda policy, *rest: seen.append(policy) or evaluate(policy, *rest))
+    folder = run(*flags, script=script)
+    obs, data = np.random.default_rng(0).normal(size=(5, 7, 3)), load_dataset("pendulum/random-v0")
+    with torch.no_grad():
+        wanted = seen[-1].act(torch.tensor(obs, dtype=torch.float32).flatten(0, 1)).numpy()
+    action = load_policy(folder, type(seen[-1]))(obs)
+    np.testing.assert_allclose(action.reshape(-1, 1), data.to_env_action(wanted), rtol=1e-6)
+    np.testing.assert_allclose(load_policy(folder, type(seen[-1]))(obs[0, 0]), action[0, 0], atol=1e-5)  # one state
+    if flags:
+        with pytest.raises(InputError, match="of the class"):
+            load_policy(folder, module.Actor)
+
+
+def test_no_policy_is_loaded_from_a_folder_without_a_finished_run(tmp_path):
+    with pytest.raises(InputError, match="holds no policy"):
+        load_policy(tmp_path, mopo.Actor)
 
 
 def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):
@@ -189,19 +202,21 @@ def spied(module, monkeypatch, name: str) -> tuple[list[list[torch.Tensor]], lis
     return inputs, outputs
 
 
-@pytest.mark.parametrize("script", ["mopo", "mobile", "sac_bc", "combo", "cql", "osr", "osr_v", "sdc"])
-def test_noise_is_normal_and_new_but_for_uniform_actions(script, run, monkeypatch):
-    inputs, _ = spied(importlib.import_module(f"algos.{script}"), monkeypatch, "update")
-    run(*(["--num-samples", "10"] if script in ("combo", "cql", "osr", "osr_v", "sdc") else []), script=script)
-    _, *noises = (torch.stack(x) for x in zip(*inputs))  # (40, ...) each
-    uniform = [noise[:, 0] for noise in noises if noise.shape[1:4] == (3, 10, 32)]
-    normal = [noise[:, 1:] if noise.shape[1:4] == (3, 10, 32) else noise for noise in noises]
-    assert len(noises) >= 1 and len(uniform) == (script in ("combo", "cql", "osr", "osr_v", "sdc"))
-    for x in uniform:
-        assert -1 <= x.min() < -0.99 and 0.99 < x.max() <= 1 and abs(x.var() - 1 / 3) < 0.02
-    for x in normal:
-        assert abs(x.mean()) < 0.1 and abs(x.var() - 1) < 0.15
-    assert all(len(noise.unique()) > 0.99 * noise.numel() for noise in noises)  # no number stands twice
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if hasattr(MODULES[script], "draw_noise")])
+def test_noise_is_normal_and_new_but_for_what_is_uniform(script, run, monkeypatch):
+    noises, draw = [], MODULES[script].draw_noise
+    monkeypatch.setattr(MODULES[script], "draw_noise", lambda *given: noises.append(draw(*given)) or noises[-1])
+    run(script=script)
+    for name in noises[0]:
+        noise = torch.stack([noise[name] for noise in noises])  # (40, ...)
+        assert len(noise.unique()) > 0.99 * noise.numel() or not noise.is_floating_point()  # no number stands twice
+        parts = [noise[:, 0], noise[:, 1:]] if name == "proposals" else [noise]
+        if name == "proposals" or name == "label":
+            assert abs(parts[0].min()) <= 1 and 0.9 < parts[0].max() <= 1
+            parts = parts[1:]
+        for x in parts:
+            if x.is_floating_point():
+                assert abs(x.mean()) < 0.1 and abs(x.var() - 1) < 0.15
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -227,17 +242,6 @@ def test_rollouts_begin_at_logged_states_and_the_buffer_keeps_the_newest(run, mo
     assert sizes == [2_000, 4_000, 4_000] and int(progress(run.folder)[-1]["model_buffer_size"]) == 4_000
 
 
-@every_script
-@pytest.mark.parametrize("successors", ["true", "classic"])
-def test_true_successors_are_the_default(script, successors, run, monkeypatch):
-    def stop(*inputs):
-        raise InputError(f"classic: {inputs[3]}")
-
-    monkeypatch.setattr(importlib.import_module(f"algos.{script}"), "load_dataset", stop)
-    with pytest.raises(InputError, match=f"classic: {successors == 'classic'}"):
-        run(*(["--successors", "classic"] if successors == "classic" else []), script=script)
-
-
 @pytest.mark.parametrize(
     "script, model", [("osr", "inverse_model"), ("osr_v", "inverse_model"), ("sdc", "transition_model")]
 )
@@ -247,7 +251,7 @@ def test_what_follows_in_the_data_is_learned_where_it_is_known(script, model, tm
     np.savez(tmp_path / "own.npz", **arrays, terminals=step % 20 == 9, timeouts=step % 20 == 19)
     module, data = importlib.import_module(f"algos.{script}"), load_dataset(str(tmp_path / "own.npz"))
     monkeypatch.setattr(module, "load_or_train", lambda name, make, loss, rows, *rest: rows)
-    rows = getattr(module, model)(data, module.Args())
+    rows = getattr(module, model)(data, module.Args(), None)
     assert len(data.obs) == 57 and len(rows) == data.successor_known.sum() == 54
     assert torch.equal(rows[:, :3], data.obs[data.successor_known])
 
@@ -312,62 +316,6 @@ def test_it_runs_from_any_directory_and_reuses_the_ensemble(home, tmp_path):
     assert len(list(tmp_path.glob("pendulum-random-v0__mopo__77__*"))) == 2  # default names never collide
 
 
-@pytest.mark.parametrize("script", ["mopo", "onestep", "sdm_gan"])  # whose final policies are made in different ways
-def test_displace_measures_what_forced_actions_cost_the_final_policy(script, run, capsys):
-    folder = run("--displace", script=script)
-    with open(folder / "displaced.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["forced_actions"] for row in rows] == ["0", "5", "10", "15"]
-    # Pendulum's episodes end after 200 steps
-    assert [(row["step"], row["episodes"]) for row in rows] == [("100", "2")] * 4
-    undisturbed, last = float(rows[0]["return_mean"]), float(progress(folder)[-1]["return_mean"])
-    assert undisturbed == pytest.approx(last)
-    assert all(float(row["return_mean"]) != undisturbed for row in rows[1:])
-    assert all(0 < float(row["distance"]) < 2 for row in rows)
-    assert capsys.readouterr().out.count("displaced   by") == 4
-
-
-def test_displaced_distances_are_those_of_the_nearest_standardised_logged_states(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    # the last dimension is constant in the data
-    logged, visited = (rng.normal(size=(n, 3)) * [1, 100, 0] + [0, 1_000, last] for n, last in ((300, 5.3), (40, 5.4)))
-    data = SimpleNamespace(obs=torch.tensor(logged, dtype=torch.float32))
-
-    def evaluate(actor, envs, data, seed, forced=range(0), after=None):
-        after += [visited[i : i + 10].astype(np.float32) for i in range(0, 40, 10)]
-        return np.ones(10)
-
-    monkeypatch.setattr(mopo, "evaluate", evaluate)
-    mopo.displace(tmp_path, None, SimpleNamespace(num_envs=10), data, mopo.Args())
-    apart = ((visited[:, None] - logged) / [*logged.std(axis=0, ddof=1)[:2], 1]) ** 2
-    with open(tmp_path / "displaced.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = np.sqrt(apart.sum(axis=2)).min(axis=1).mean()
-    assert [float(row["distance"]) for row in rows] == pytest.approx([expected] * 4, rel=1e-4)
-
-
-def test_a_finished_run_is_displaced_afterwards_and_stays_what_it_was(run):
-    folder = run()
-    before, rows = torch.load(folder / "policy.pt", weights_only=True)["actor"], progress(folder)
-    run("--resume", str(folder), "--displace")
-    after = torch.load(folder / "policy.pt", weights_only=True)["actor"]
-    assert (folder / "displaced.csv").exists() and progress(folder) == rows
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_capture_video_films_the_final_policy(run):
-    folder = run("--capture-video")
-    assert (folder / "video.gif").read_bytes()[:3] == b"GIF"
-
-
-def test_a_video_that_cannot_be_made_loses_nothing(run, monkeypatch, capsys):
-    monkeypatch.setattr(mopo.gym.wrappers, "RenderCollection", lambda env: 1 / 0)
-    folder = run("--capture-video")
-    out = capsys.readouterr().out
-    assert "video       none" in out and "score" in out
-    assert (folder / "policy.pt").exists() and not (folder / "video.gif").exists()
-
-
 @every_script
 def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(script, run, tmp_path, capsys):
     rng = np.random.default_rng(0)
@@ -383,8 +331,36 @@ def test_without_an_environment_it_trains_and_says_that_nothing_was_evaluated(sc
 
 # --- Going on ---
 @every_script
+def test_a_run_stopped_and_resumed_ends_bit_identical(script, run, tmp_path, monkeypatch, capsys):
+    run("--run-name", "whole", script=script)
+    update, calls = MODULES[script].update, []
+
+    def stop_at_17(*given, **settings):
+        calls.append(1)
+        if len(calls) == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*given, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(MODULES[script], "update", stop_at_17)
+        run("--run-name", "stopped", "--checkpoint-interval", "1000", script=script)
+    assert stop.value.code == 130 and "stopped     after 17 updates" in capsys.readouterr().out
+    run("--resume", str(tmp_path / "stopped"), script=script)
+    assert_same_ends(tmp_path / "whole", tmp_path / "stopped")
+
+
+def assert_same_ends(one: Path, other: Path) -> None:
+    assert_same_checkpoint(one, other)
+    drop = ("seconds", "updates_per_second")
+    first, second = ([{k: v for k, v in row.items() if k not in drop} for row in progress(f)] for f in (one, other))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "script", ["mopo", "sdc", "sdm_gan", "morel_npg"]
+)  # four kinds of state
 def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(script, run, home, tmp_path):
-    flags = ("--num-updates", "400" if script == "mopo" else "200", "--checkpoint-interval", "20")
+    flags = ("--num-updates", "60" if script == "morel_npg" else "200", "--checkpoint-interval", "20")
     run("--run-name", "whole", *flags, script=script)
     process = command(home, "--run-name", "killed", *flags, "--run-dir", str(tmp_path), script=script)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
@@ -395,13 +371,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(script, run, 
     process.wait()
     assert torch.load(checkpoint, weights_only=True)["progress"]["update"] < int(flags[1])
     run("--resume", str(tmp_path / "killed"), script=script)
-    assert_same_checkpoint(tmp_path / "whole", tmp_path / "killed")
-    drop = ("seconds", "updates_per_second")
-    whole, killed = (
-        [{k: v for k, v in row.items() if k not in drop} for row in progress(tmp_path / name)]
-        for name in ("whole", "killed")
-    )
-    assert whole == killed
+    assert_same_ends(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_prints_the_resume_command(home, tmp_path):
@@ -418,26 +388,30 @@ def test_ctrl_c_leaves_a_checkpoint_and_prints_the_resume_command(home, tmp_path
 
 
 def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
-    folder = run("--penalty-coef", "0.125", "--gamma", "0.9")
-    run("--resume", str(folder), "--num-updates", "60")
+    folder = run("--penalty-coef", "0.125", "--gamma", "0.9", "--hidden-sizes", "8", "4")
+    run("--resume", str(folder), "--num-updates", "60", "--eval-interval", "10")
     config = json.loads((folder / "config.json").read_text())["args"]
     assert (config["penalty_coef"], config["gamma"], config["num_updates"]) == (0.125, 0.9, 60)
-    assert [int(row["update"]) for row in progress(folder)] == [20, 40, 60]
+    assert config["hidden_sizes"] == [8, 4]
+    assert [int(row["update"]) for row in progress(folder)] == [20, 40, 50, 60]
 
 
-def test_a_learning_rate_given_at_resume_holds(run):
+@pytest.mark.parametrize(
+    "flags", [("--seed", "1"), ("--gamma", "0.9"), ("--rollout-batch-size", "200"), ("--hidden-sizes", "8", "8")]
+)
+def test_what_decides_the_policy_cannot_change_at_resume(run, flags):
     folder = run()
-    before = torch.load(folder / "policy.pt", weights_only=True)["actor"]
-    run("--resume", str(folder), "--num-updates", "60", "--actor-lr", "0", "--actor-lr-schedule", "constant")
-    after = torch.load(folder / "policy.pt", weights_only=True)["actor"]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    with pytest.raises(InputError, match=f"{flags[0]} is .* in this run and decides its policy"):
+        run("--resume", str(folder), *flags)
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
 
 # --- Bad input ---
 def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
     folder = run()
     before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(InputError, match="already holds a run.*--resume"):
+    with pytest.raises(InputError, match="holds a run: go on with --resume"):
         run()
     assert (folder / "checkpoint.pt").read_bytes() == before
 
@@ -450,6 +424,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
         (("--seed", "-1"), "--seed must be at least 0"),
         (("--penalty-coef", "-1"), "--penalty-coef must be at least 0, not -1.0"),
         (("--penalty-coef", "nan"), "--penalty-coef must be at least 0, not nan"),
+        (("--hidden-sizes", "64", "0"), "--hidden-sizes must be at least 1, not 0"),
         (("--num-elites", "8"), "--num-elites 8 is more than --num-members 7"),
         (("--env-id", "Hopper-v5"), "observations of 3 numbers but Hopper-v5 has 11"),
         (("--env-id", "Hoper-v5"), "Hoper"),
@@ -472,7 +447,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
 def test_bad_input_gets_one_sentence(run, tmp_path, flags, words):
     (tmp_path / "file").touch()
     known = {script: importlib.import_module(f"algos.{script}").Args.__dataclass_fields__ for script in SCRIPTS}
-    names = {flag[2:].replace("-", "_") for flag in flags[::2]}
+    names = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     script = "mopo" if names <= known["mopo"].keys() else next(s for s in SCRIPTS if names <= known[s].keys())
     with pytest.raises(InputError, match=words) as error:
         run(*flags, script=script)
@@ -488,7 +463,7 @@ def test_every_script_with_an_ensemble_wants_the_file_that_it_is_given(script, r
 def test_an_environment_whose_package_is_missing_is_refused():
     spec = gym.envs.registration.EnvSpec("Missing-v0", entry_point="no_such_package:Env")
     with pytest.raises(InputError, match="cannot make Missing-v0.*give --env-id"):
-        mopo.make_envs(SimpleNamespace(env_spec=spec), 2)
+        make_envs(SimpleNamespace(env_spec=spec), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -501,9 +476,9 @@ def test_a_checkpoint_of_another_script_dataset_or_shape_is_refused(run, tmp_pat
     folder = run()
     state, config = torch.load(folder / "checkpoint.pt", weights_only=True), (folder / "config.json").read_text()
     for change, words in (
-        ({"data_hash": "other"}, "another script or on other data"),
-        ({"algo": "combo"}, "another script or on other data"),
-        ({"agent": mopo.Agent(4, 2, mopo.Args()).state_dict()}, "cannot be resumed"),
+        ({"data_hash": "other"}, "another script's or on other data"),
+        ({"algo": "combo"}, "another script's or on other data"),
+        ({"modules": state["modules"] | {"agent": mopo.Agent(4, 2, mopo.Args()).state_dict()}}, "cannot be resumed"),
     ):
         torch.save(state | change, folder / "checkpoint.pt")
         with pytest.raises(InputError, match=words):
@@ -527,3 +502,37 @@ def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert out.splitlines()[-1].startswith("error: ") and "lacks actions" in out and "Traceback" not in out
+
+
+# --- The machine ---
+def test_one_function_compiled_for_many_runs_stays_one_graph_each(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function.__code__) or function)
+    for i in range(12):
+        assert machine.compiled(lambda x: x + i, torch.device("cpu"))(torch.tensor(1)).item() == 1 + i
+    assert len({id(code) for code in seen}) == 12  # the compiler counts by it and refuses the ninth
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch, capsys):
+    def fails(function, **_):
+        raise torch._dynamo.exc.Unsupported("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    step = machine.compiled(lambda x: 2 * x, torch.device("cpu"))
+    assert [step(torch.tensor(i)).item() for i in (1, 2)] == [2, 4]
+    assert capsys.readouterr().out.count("going on eagerly and slower") == 1
+
+
+@pytest.mark.slow
+def test_the_compiled_update_computes_what_the_eager_one_does():
+    args = mopo.Args(hidden_sizes=(16, 16), batch_size=32)
+    torch.manual_seed(0)
+    rows, noise = torch.randn(32, 2 * 3 + 1 + 2), mopo.draw_noise(1, args, torch.device("cpu"))
+    agents = [mopo.Agent(3, 1, args) for _ in range(2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    for agent, wrap in zip(agents, (lambda f, _: f, machine.compiled)):
+        step = wrap(lambda rows, noise, agent=agent: mopo.update(agent, rows, noise, args), torch.device("cpu"))
+        for _ in range(3):
+            step(rows, noise)
+    for name, value in agents[0].state_dict().items():
+        torch.testing.assert_close(agents[1].state_dict()[name], value, rtol=1e-4, atol=1e-5)
