@@ -151,14 +151,15 @@ def main(args: Args) -> None:
     data = load_dataset(args.dataset, run.device, args.env_id or None)
     run.open(data)
 
-    agent = Agent(data.obs.shape[1], data.action.shape[1], args).to(run.device)
+    obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
+    agent = Agent(obs_dim, action_dim, args).to(run.device)
     real_rows = flat_rows(standardise(data, agent.actor))
     if args.top_fraction < 1:
         real_rows = real_rows[best_episodes(data, args.top_fraction)]
         print(f"imitation   of {len(real_rows):,} rows of the best episodes")
     step = run.compiled(lambda rows: update(agent, rows, args))
 
-    for _ in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
+    for i in run.updates(agent=agent):  # 1 .. num_updates, or from where a resumed run was
         info = step(sample_batch(real_rows, args))
         run.evaluate(agent.actor, info, "loss {actor_loss:.4f}")
     run.finish(agent.actor)

@@ -6,11 +6,17 @@ the data's initial states and moves the policy by a KL divergence of about delta
     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]                      gae()
     F d = g = grad mean A pi / pi_old,   theta <- theta + sqrt(delta / g^T d) d          natural_step()
 
-Departures: [1] The members are Gaussians and the elites take turns at every step; in the authors' code they are
-deterministic, each simulates trajectories of its own, and the reward is given, not learned. [2] Nothing is bootstrapped
-where a trajectory ends, be it halted or at the horizon, of which V knows: the authors' code marks every one as not
-terminated, so that halting costs almost nothing in A. [3] It also ignores halts in the first three steps. [4] The
-paper's rule: the authors' code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
+Rollouts end:      after the horizon, where terminal_fn says so, and at an unknown (s,a).
+Gradient stops at: advantages and returns, the old policy in ratio and divergence, the whole rollout.
+Normalised:        the ensemble's, the policy's and the value's inputs; actions to [-1, 1]; advantages.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
+                   a row, and disc is taken among them.
+Departures: [elites] The members are Gaussians and the elites take turns at every step; in the authors' code they are
+deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing is
+bootstrapped where a trajectory ends, be it halted or at the horizon, of which V knows: the authors' code marks every
+one as not terminated, so that halting costs almost nothing in A. [first] It also ignores halts in the first three
+steps. [halt] The paper's rule: the authors' code ends the trajectory, by default without a penalty, and its threshold
+is max_D disc / 3.
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -49,12 +55,15 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     dynamics: str = ""  # file of a fitted ensemble; by default the cache is looked up, else it is fitted
     num_members: int = 7  # N, size of the ensemble [MOPO]
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
+    dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
     termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
     # --- Model rollouts ---
     num_trajectories: int = 200  # in an iteration, from the data's initial states [MOReL code]
     horizon: int | None = None  # steps of a trajectory; by default those of the environment's episodes
     # --- Natural policy gradient ---
+    hidden_sizes: tuple[int, ...] = (64, 64)  # of the policy [MOReL code]
+    value_hidden_sizes: tuple[int, ...] = (128, 128)  # [MOReL code]
     gamma: float = 0.999  # discount per environment step [MOReL code]
     gae_lambda: float = 0.97  # lambda [MOReL code]
     step_size: float = 0.02  # delta, twice the KL divergence of a step [MOReL code]
@@ -73,8 +82,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of J-MOReL
     "pendulum/random-v0": dict(
-        num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, dynamics_max_epochs=30,
-        threshold_coef=3.0, halt_offset=1_500.0, num_trajectories=100, step_size=0.05,
+        num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, compile=False,
+        num_trajectories=100, step_size=0.05,
+        dynamics_hidden_size=128, dynamics_max_epochs=15, threshold_coef=3.0, halt_offset=1_500.0,
     ),
 } | {
     dataset: dict(
@@ -94,11 +104,11 @@ TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that na
 class Actor(nn.Module):
     """Gaussian over unbounded actions, which the caller clips to [-1, 1]; its deviation is the same everywhere."""
 
-    def __init__(self, obs_dim: int, action_dim: int, init_std: float = 1.0, hidden: int = 64):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...], init_std: float):
         super().__init__()
-        sizes = [obs_dim, hidden, hidden]
+        sizes = [obs_dim, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.Tanh())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], action_dim))
         with torch.no_grad():
             self.net[-1].weight.mul_(0.01)
             self.net[-1].bias.mul_(0.01)
@@ -118,11 +128,11 @@ class Actor(nn.Module):
 class Value(nn.Module):
     """Expected return from a state at a time, the share of the horizon that is over: (...,)."""
 
-    def __init__(self, obs_dim: int, hidden: int = 128):
+    def __init__(self, obs_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        sizes = [obs_dim + 1, hidden, hidden]
+        sizes = [obs_dim + 1, *hidden_sizes]
         layers = [layer for i, o in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(hidden, 1))
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.register_buffer("scale", torch.tensor(1.0))
@@ -161,8 +171,8 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.init_std)
-        self.value = Value(obs_dim)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_sizes, args.init_std)
+        self.value = Value(obs_dim, args.value_hidden_sizes)
         self.value_opt = Adam(list(self.value.parameters()), args.value_lr)
 
 
@@ -194,19 +204,12 @@ class PessimisticMDP:
     halt_reward: float  # -kappa
 
     @torch.no_grad()
-    def step(self, obs: Tensor, action: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Returns reward (batch,), next_obs (batch, obs_dim), terminal and halted, bool (batch,)."""
-        next_mean, reward_mean, std = self.dynamics.predict(obs, action)
-        # every row is simulated by one elite, drawn anew at each step [1]
-        elites, device = self.dynamics.elites, obs.device
-        member = elites[torch.randint(len(elites), (len(obs),), device=device, generator=generator)]
-        row = torch.arange(len(obs), device=device)
-        noise = std[member, row] * torch.randn(len(obs), std.shape[-1], device=device, generator=generator)
-        next_obs = next_mean[member, row] + noise[:, :-1]
-        reward = reward_mean[member, row] + noise[:, -1]
-        halted = ~(discrepancy(next_mean[elites]) <= self.threshold)  # also where a prediction is no number
+    def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        """As Dynamics.step. Returns next_obs (batch, obs_dim), reward (batch,), terminal and halted, bool (batch,)."""
+        next_obs, reward, (means, _, _) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
+        halted = ~(discrepancy(means[self.dynamics.elites]) <= self.threshold)  # also where a prediction is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
-        return torch.where(halted, self.halt_reward, reward), next_obs, terminal, halted  # [4]
+        return next_obs, torch.where(halted, self.halt_reward, reward), terminal, halted  # [halt]
 
 
 @torch.no_grad()
@@ -226,7 +229,7 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
 #     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]
 def gae(reward: Tensor, value: Tensor, gamma: float, gae_lambda: float) -> Tensor:
     """All (steps, num), with zeros after the end of an episode."""
-    next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])  # nothing is bootstrapped there [2]
+    next_value = torch.cat([value[1:], torch.zeros_like(value[:1])])  # nothing is bootstrapped there [end]
     advantage = reward + gamma * next_value - value
     for t in reversed(range(len(reward) - 1)):
         advantage[t] += gamma * gae_lambda * advantage[t + 1]
@@ -336,14 +339,17 @@ def rollout(mdp: PessimisticMDP, actor: Actor, starts: Tensor, steps: int):
     running, now = torch.arange(len(starts), device=starts.device), starts
     for t in range(steps):
         chosen = actor(now) + actor.log_std.exp() * torch.randn(len(now), action.shape[-1], device=now.device)
+        order = torch.randperm(len(now), device=now.device)  # which elite simulates which row
+        noise = torch.randn(len(now), now.shape[1] + 1, device=now.device)
         obs[t, running], action[t, running], alive[t, running] = now, chosen, True
-        reward[t, running], next_obs, terminal, halted[t, running] = mdp.step(now, chosen.clamp(-1, 1))
-        now, running = next_obs[~terminal], running[~terminal]  # [3]
+        next_obs, reward[t, running], terminal, halted[t, running] = mdp.step(now, chosen.clamp(-1, 1), order, noise)
+        now, running = next_obs[~terminal], running[~terminal]  # [first]
         if not len(now):
             break
     return obs, action, reward, alive, halted
 
 
+# --- Evaluation ---
 def initial_obs(data: OfflineDataset) -> Tensor:
     """The first observation of each episode, (num_episodes, obs_dim)."""
     return data.obs[data.episode_end.roll(1)]  # the last row ends an episode too
@@ -364,7 +370,9 @@ def evaluate_pessimistic(mdp: PessimisticMDP, actor: Actor, data: OfflineDataset
     obs = starts[torch.randint(len(starts), (num,), device=device, generator=generator)]
     returns, lengths, running = torch.zeros(num, device=device), torch.zeros(num), torch.arange(num, device=device)
     while len(running) and lengths.max() < steps:
-        reward, next_obs, terminal, _ = mdp.step(obs, actor.act(obs), generator)
+        order = torch.randperm(len(obs), device=device, generator=generator)
+        noise = torch.randn(len(obs), obs.shape[1] + 1, device=device, generator=generator)
+        next_obs, reward, terminal, _ = mdp.step(obs, actor.act(obs), order, noise)
         returns[running] += reward
         lengths[running.cpu()] += 1
         obs, running = next_obs[~terminal], running[~terminal]
@@ -376,7 +384,7 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     data = load_dataset(args.dataset, run.device, args.env_id or None)
     run.open(data)
-    sizes = {"num_members": args.num_members, "num_elites": args.num_elites}
+    sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     terminal_fn = termination_fn(args.termination, data, args.seed)

@@ -322,7 +322,9 @@ def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], arg
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
         low, high = agent.reward_range
-        target_q = reward.clamp(low, high) + args.gamma * (1 - terminal) * bootstrapped_value(agent, next_obs, noise, args)
+        target_q = reward.clamp(low, high) + args.gamma * (1 - terminal) * bootstrapped_value(
+            agent, next_obs, noise, args
+        )
     q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     loss = F.huber_loss(q, target_q.expand_as(q), reduction="none", delta=500.0).mean(dim=1).sum()

@@ -27,7 +27,6 @@ from test_mopo import (
 from torch import nn
 
 import algos.combo as combo
-import algos.cql as cql
 import algos.mobile as mobile
 import algos.mopo as mopo
 from common.dataset import InputError
@@ -383,19 +382,6 @@ def test_multiplier_grows_exactly_while_a_critics_gap_is_above_the_threshold_and
     weighted = combo.update(agent, batch, noise, args)
     assert (agent.log_kappa.item() > math.log(2)) == above
     assert weighted["critic_loss"].item() - info["critic_loss"].item() == pytest.approx(5 * gap)
-
-
-@pytest.mark.parametrize("algo", [combo, cql], ids=["combo", "cql"])
-def test_noise_of_an_update_is_normal_but_for_uniform_proposals(algo):
-    torch.manual_seed(0)
-    args = small_args(algo, batch_size=2_000, num_samples=K)
-    noise = algo.draw_noise(ACTION_DIM, args, torch.device("cpu"))
-    assert noise["next_action"].shape == noise["action"].shape == (2_000, ACTION_DIM)
-    assert noise["proposals"].shape == (3, K, 2_000, ACTION_DIM)
-    uniform, *normal = noise["proposals"]
-    assert uniform.abs().max() <= 1 and uniform.std().item() == pytest.approx(3**-0.5, rel=0.02)
-    draws = torch.stack([noise["next_action"], noise["action"], *torch.cat(normal)]).flatten(1)
-    torch.testing.assert_close(draws.cov(), torch.eye(len(draws)), rtol=0, atol=0.1)
 
 
 # --- Without the term ---

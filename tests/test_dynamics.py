@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -20,6 +21,12 @@ NOISE = torch.tensor([0.05, 0.2, 0.1])  # of the linear system: two observations
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def compiles_short_fits(monkeypatch):
+    """So that a test can look at every minibatch through its own `compile`."""
+    monkeypatch.setattr("common.dynamics.SHORT_FIT", 0)
 
 
 # --- Helpers ---
@@ -46,7 +53,7 @@ def random_dynamics(*args, seed: int = 0, **kwargs) -> Dynamics:
 
 def constant_dynamics(outputs: Tensor, obs_dim: int, num_elites: int = 1) -> Dynamics:
     """Weights of 0, so that member i puts out outputs[i] = (mean, raw log-variance) at every row."""
-    dynamics = Dynamics(obs_dim, 1, len(outputs), num_elites, hidden=4)
+    dynamics = Dynamics(obs_dim, 1, len(outputs), num_elites, hidden_size=4)
     for layer in dynamics.layers:
         layer.weight.data.zero_()
     dynamics.layers[-1].bias.data.copy_(outputs[:, None])
@@ -84,7 +91,7 @@ def linear_system(num_rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def small_dynamics(seed: int = 0, num_members: int = 3, num_elites: int = 2, kind: type = Dynamics) -> Dynamics:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return kind(2, 1, num_members, num_elites, hidden=16)
+        return kind(2, 1, num_members, num_elites, hidden_size=16)
 
 
 def make_data(num_rows: int = 60, obs_dim: int = 2, data_hash: str = "a") -> SimpleNamespace:
@@ -141,6 +148,14 @@ def fitted() -> SimpleNamespace:
     return SimpleNamespace(dynamics=dynamics, x=x, y=y, seed=3)
 
 
+# --- Sizes ---
+@pytest.mark.parametrize("hidden_size", [3, 8])
+def test_hidden_size_is_that_of_all_four_hidden_layers(hidden_size):
+    shapes = [layer.weight.shape for layer in Dynamics(2, 1, 4, 2, hidden_size).layers]
+    sizes = [3, *[hidden_size] * 4, 6]  # obs and action; mean and log-variance of next_obs and reward
+    assert shapes == [torch.Size([4, i, o]) for i, o in zip(sizes[:-1], sizes[1:])]
+
+
 # --- Loss and log-variance ---
 def numpy_loss(dynamics: Dynamics, x: np.ndarray, y: np.ndarray) -> float:
     p = {name: value.double().numpy() for name, value in dynamics.state_dict().items()}
@@ -161,14 +176,14 @@ def numpy_loss(dynamics: Dynamics, x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_loss_equals_an_independent_float64_computation(dtype, rtol):
-    dynamics = random_dynamics(3, 2, num_members=4, num_elites=2, hidden=7).to(dtype)
+    dynamics = random_dynamics(3, 2, num_members=4, num_elites=2, hidden_size=7).to(dtype)
     x, y = randn(4, 6, 5).to(dtype), randn(4, 6, 4, seed=1).to(dtype)
     expected = numpy_loss(dynamics, x.double().numpy(), y.double().numpy())
     np.testing.assert_allclose(dynamics.loss(x, y).item(), expected, rtol=rtol)
 
 
 def test_loss_reaches_every_parameter():
-    dynamics = random_dynamics(3, 2, num_members=2, num_elites=1, hidden=7)
+    dynamics = random_dynamics(3, 2, num_members=2, num_elites=1, hidden_size=7)
     dynamics.loss(randn(2, 6, 5), randn(2, 6, 4, seed=1)).backward()
     assert all(p.grad.isfinite().all() and (p.grad != 0).any() for p in dynamics.parameters())
 
@@ -193,7 +208,7 @@ def test_logvar_rises_with_the_raw_output_and_stays_inside_its_bounds():
 
 @pytest.mark.parametrize("scale", [1e3, 1e8, 1e20])
 def test_logvar_of_extreme_inputs_stays_inside_its_bounds(scale):
-    dynamics = random_dynamics(3, 2, num_members=4, num_elites=2, hidden=7)
+    dynamics = random_dynamics(3, 2, num_members=4, num_elites=2, hidden_size=7)
     _, logvar = dynamics(scale * randn(4, 100, 5))
     assert (logvar >= dynamics.min_logvar - 1e-5).all()
     assert (logvar <= dynamics.max_logvar + (dynamics.min_logvar - dynamics.max_logvar).exp() + 1e-5).all()
@@ -344,6 +359,17 @@ def test_max_epochs_caps_the_fit():
     assert num_epochs == 3 and len(calls) == 3 * (320 // 100)
 
 
+def test_only_a_long_fit_is_compiled(monkeypatch):
+    compiled = []
+    compile = lambda function: compiled.append(1) or function  # noqa: E731
+    monkeypatch.setattr("common.dynamics.SHORT_FIT", 3 * 320)  # 320 of 400 rows are trained on
+    for max_epochs in (3, 4):
+        small_dynamics().fit(*linear_system(400), seed=0, max_epochs=max_epochs, compile=compile)
+        assert len(compiled) == max_epochs - 3
+    small_dynamics().fit(*linear_system(400), seed=0, patience=0, lr=0.0, compile=compile)  # of unknown length
+    assert len(compiled) == 2
+
+
 def test_each_member_trains_on_its_own_bootstrap_of_the_training_rows_reshuffled_each_epoch():
     x, y = linear_system(500)
     x[:, 0] = torch.arange(500)  # names the row
@@ -491,10 +517,18 @@ def test_second_call_reuses_the_ensemble(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(data_hash="b"), dict(seed=1), dict(num_members=4), dict(num_elites=1), dict(max_epochs=2)]
+    "change",
+    [
+        dict(data_hash="b"),
+        dict(seed=1),
+        dict(num_members=4),
+        dict(num_elites=1),
+        dict(hidden_size=9),
+        dict(max_epochs=2),
+    ],
 )
 def test_other_data_seed_or_settings_are_fitted_anew(change, monkeypatch):
-    settings = dict(seed=0, num_members=3, num_elites=2, max_epochs=1)
+    settings = dict(seed=0, num_members=3, num_elites=2, hidden_size=8, max_epochs=1)
     load_or_fit(make_data(), **settings)
     fits = count_fits(monkeypatch)
     data = make_data(data_hash=change.pop("data_hash", "a"))
@@ -502,20 +536,24 @@ def test_other_data_seed_or_settings_are_fitted_anew(change, monkeypatch):
     assert len(fits) == 1
     assert dynamics.num_members == change.get("num_members", 3)
     assert len(dynamics.elites) == change.get("num_elites", 2)
+    assert dynamics.layers[0].weight.shape[2] == change.get("hidden_size", 8)
 
 
-def test_path_loads_that_file_whatever_the_data_and_says_where_settings_differ(tmp_path, monkeypatch, capsys):
-    saved = load_or_fit(make_data(), seed=3, num_members=4, num_elites=2, max_epochs=1)
+def test_path_loads_that_file_by_its_own_sizes_whatever_the_data_and_says_where_settings_differ(
+    tmp_path, monkeypatch, capsys
+):
+    saved = load_or_fit(make_data(), seed=3, num_members=4, num_elites=2, hidden_size=9, max_epochs=1)
     (file,) = (tmp_path / "cache" / "dynamics").glob("*.pt")
     fits = count_fits(monkeypatch)
     content = hashlib.sha256(file.read_bytes()).hexdigest()
     loaded = load_or_fit(make_data(80, data_hash="b"), seed=0, path=str(file.rename(tmp_path / "mine.pt")))
     assert not fits and loaded.num_members == 4 and identical(saved, loaded)
     assert hashlib.sha256((tmp_path / "mine.pt").read_bytes()).hexdigest() == content
-    difference = "the file has --num-members 4 --num-elites 2: not --num-members 7 --num-elites 5"
-    assert difference in capsys.readouterr().out
-    load_or_fit(make_data(), seed=0, num_members=4, num_elites=2, path=str(tmp_path / "mine.pt"))
-    assert "--num-members" not in capsys.readouterr().out
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "which count" in line]
+    own, asked = line.split("which count")
+    assert re.findall(r"\d+", own) == ["4", "2", "9"] and re.findall(r"\d+", asked) == ["7", "5", "200"]
+    load_or_fit(make_data(), seed=0, num_members=4, num_elites=2, hidden_size=9, path=str(tmp_path / "mine.pt"))
+    assert "which count" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", [1, 2], {"weights": 1}])
@@ -579,7 +617,7 @@ def test_targets_are_the_change_of_obs_and_the_reward(monkeypatch):
 
 # --- Sampling ---
 def sampling_dynamics() -> Dynamics:
-    dynamics = random_dynamics(3, 2, num_members=5, num_elites=3, hidden=7)
+    dynamics = random_dynamics(3, 2, num_members=5, num_elites=3, hidden_size=7)
     dynamics.elites.copy_(torch.tensor([4, 0, 3]))
     return dynamics.requires_grad_(False)
 
@@ -613,7 +651,7 @@ def test_step_of_equal_members_does_not_depend_on_the_order(batch):
     next_mean, reward_mean, std = (out[0] for out in dynamics.predict(obs, action))
     for seed in range(3):
         order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
-        next_obs, reward = dynamics.step(obs, action, order, noise)
+        next_obs, reward, _ = dynamics.step(obs, action, order, noise)
         torch.testing.assert_close(next_obs, next_mean + std[:, :-1] * noise[:, :-1])
         torch.testing.assert_close(reward, reward_mean + std[:, -1] * noise[:, -1])
 
@@ -621,7 +659,7 @@ def test_step_of_equal_members_does_not_depend_on_the_order(batch):
 def test_step_takes_next_obs_and_reward_of_a_row_from_one_elite_at_that_row():
     dynamics, obs, action = sampling_dynamics(), randn(11, 3), randn(11, 2, seed=1)
     noise, order = randn(11, 4, seed=2), torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    next_obs, reward = dynamics.step(obs, action, order, noise)
+    next_obs, reward, _ = dynamics.step(obs, action, order, noise)
     next_mean, reward_mean, std = (out[dynamics.elites] for out in dynamics.predict(obs, action))
     samples = torch.cat([next_mean, reward_mean[..., None]], dim=-1) + std * noise  # (3, 11, 4)
     error = (samples - torch.cat([next_obs, reward[:, None]], dim=-1)).abs().amax(dim=-1)
@@ -629,28 +667,44 @@ def test_step_takes_next_obs_and_reward_of_a_row_from_one_elite_at_that_row():
     assert len(error.argmin(dim=0).unique()) == 3
 
 
-def members_of_step(elites: list, order: Tensor) -> Tensor:
+def members_of_step(elites: list, order: Tensor, all_members: bool = False) -> Tensor:
     """The member that serves each row: member i moves every observation by i and gives the reward i."""
     outputs = torch.zeros(6, 6)
     outputs[:, :3] = torch.arange(6.0)[:, None]
     dynamics = constant_dynamics(outputs, obs_dim=2, num_elites=len(elites)).requires_grad_(False)
     dynamics.elites.copy_(torch.tensor(elites))
     batch = len(order)
-    next_obs, reward = dynamics.step(torch.zeros(batch, 2), torch.zeros(batch, 1), order, torch.zeros(batch, 3))
+    inputs = torch.zeros(batch, 2), torch.zeros(batch, 1), order, torch.zeros(batch, 3)
+    next_obs, reward, _ = dynamics.step(*inputs, all_members)
     assert torch.equal(next_obs, reward[:, None].expand(-1, 2))
     return reward.long()
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 11, 12, 301])
+def test_step_is_the_same_with_all_members_and_then_tells_what_predict_does(batch):
+    dynamics, obs, action = sampling_dynamics(), randn(batch, 3), randn(batch, 2, seed=1)  # three elites
+    noise, order = randn(batch, 4, seed=2), torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    *expected, nothing = dynamics.step(obs, action, order, noise)
+    *transition, members = dynamics.step(obs, action, order, noise, all_members=True)
+    assert nothing is None
+    torch.testing.assert_close(transition, expected, rtol=1e-5, atol=1e-5)
+    for found, predicted in zip(members, dynamics.predict(obs, action), strict=True):
+        assert torch.equal(found, predicted)
+
+
+@pytest.mark.parametrize("all_members", [False, True])
 @pytest.mark.parametrize("batch", [3, 12, 300])
-def test_step_gives_each_elite_an_equal_share_of_the_rows(batch):
-    served = members_of_step([5, 0, 3], torch.randperm(batch, generator=torch.Generator().manual_seed(0)))
+def test_step_gives_each_elite_an_equal_share_of_the_rows(batch, all_members):
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    served = members_of_step([5, 0, 3], order, all_members)
     assert served.bincount(minlength=6).tolist() == [batch // 3, 0, 0, batch // 3, 0, batch // 3]
 
 
+@pytest.mark.parametrize("all_members", [False, True])
 @pytest.mark.parametrize("batch", [1, 4, 12, 13, 15, 301])
-def test_step_gives_shares_that_differ_by_one_row_at_most(batch):
+def test_step_gives_shares_that_differ_by_one_row_at_most(batch, all_members):
     elites = [5, 0, 3, 1, 2]
-    served = members_of_step(elites, torch.randperm(batch, generator=torch.Generator().manual_seed(0)))
+    served = members_of_step(elites, torch.randperm(batch, generator=torch.Generator().manual_seed(0)), all_members)
     shares = served.bincount(minlength=6)[elites]
     assert shares.sum() == batch and shares.max() - shares.min() <= 1
 

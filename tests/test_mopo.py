@@ -272,16 +272,6 @@ def test_target_critic_moves_by_tau_of_the_difference_to_the_new_critic(tau):
         torch.testing.assert_close(new - old, tau * (param - old), rtol=1e-9, atol=1e-12)
 
 
-def test_noise_of_an_update_is_standard_normal_and_drawn_apart():
-    torch.manual_seed(0)
-    noise = mopo.draw_noise(ACTION_DIM, mopo.Args(batch_size=20_000), torch.device("cpu"))
-    assert noise.keys() == {"next_action", "action"}
-    draws = torch.cat(list(noise.values()), dim=1)
-    assert draws.shape == (20_000, 2 * ACTION_DIM)
-    torch.testing.assert_close(draws.mean(0), torch.zeros(4), rtol=0, atol=0.03)
-    torch.testing.assert_close(draws.T.cov(), torch.eye(4), rtol=0, atol=0.05)
-
-
 def test_adam_equals_that_of_torch_with_the_learning_rate_of_its_buffer():
     torch.manual_seed(0)
     ours = [torch.randn(4, 3).double().requires_grad_(True), torch.randn(3).double().requires_grad_(True)]
@@ -388,7 +378,7 @@ STD = torch.tensor([  # (num_members 3, batch 2, obs_dim + 1 = 3); the last numb
 ])  # fmt: skip
 
 
-def test_uncertainty_is_the_largest_norm_of_a_members_deviations():
+def test_aleatoric_uncertainty_is_the_largest_norm_of_a_members_deviations():
     _, uncertainty = mopo.penalized_reward(torch.zeros(2), STD, 1.0)
     torch.testing.assert_close(uncertainty, torch.tensor([2.5, 7.0]))
 

@@ -12,7 +12,6 @@ from torch import nn
 
 import algos.onestep as onestep
 from common.dataset import InputError, load_dataset
-from common.run import load_policy
 
 NUM = 4  # samples of the behaviour
 
@@ -201,26 +200,3 @@ def test_easy_bcq_takes_the_best_of_the_behaviours_candidates_and_depends_on_not
         np.testing.assert_allclose(action[row], best)
     torch.testing.assert_close(policy.act(obs[3:5]), action[3:5])
     assert len({tuple(np.round(a, 6)) for a in action.numpy()}) == BATCH
-
-
-def run_main(monkeypatch, folder, improvement: str) -> list[bool]:
-    """Whether it was the policy's turn, by update."""
-    seen, update = [], onestep.update
-    monkeypatch.setattr(onestep, "update", lambda *inputs: seen.append(inputs[4]) or update(*inputs))
-    run = {"num_updates": 8, "eval_episodes": 1, "compile": False, "run_dir": str(folder), "run_name": "own"}
-    onestep.main(random_args(improvement=improvement, policy_share=0.25, behaviour_updates=5, **run))
-    return seen
-
-
-def test_the_policy_is_improved_in_the_last_share_of_the_updates(tmp_path, monkeypatch):
-    assert run_main(monkeypatch, tmp_path, "exp-weights") == [False] * 6 + [True] * 2
-
-
-def test_easy_bcq_has_all_updates_for_q_and_its_saved_policy_acts_as_it_did(tmp_path, monkeypatch):
-    made, act = [], onestep.EasyBCQ.act
-    monkeypatch.setattr(onestep.EasyBCQ, "act", lambda self, obs: made.append((obs, act(self, obs))) or made[-1][1])
-    assert run_main(monkeypatch, tmp_path, "easy-bcq") == [False] * 8
-    obs, action = made[-1]
-    monkeypatch.undo()
-    policy = load_policy(tmp_path / "own", onestep.EasyBCQ)
-    np.testing.assert_allclose(policy(obs.numpy()), 2 * action, rtol=1e-6)  # Pendulum's box is [-2, 2]
