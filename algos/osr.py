@@ -79,9 +79,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 TUNED = {  # for the embedded default ours; elsewhere the defaults
     "pendulum/random-v0": dict(
-        num_updates=6_000, eval_interval=500, score_evals=3, checkpoint_interval=3_000, conservative_coef=0.1,
-        actor_lr=3e-4, alpha_lr=3e-4, num_samples=2, hidden_sizes=(64, 64), inverse_updates=5_000, inverse_lr=1e-3,
-        behaviour_updates=5_000,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+        conservative_coef=0.1, num_samples=2, inverse_updates=5_000, inverse_lr=1e-3, behaviour_updates=5_000,
     ),
 }  # fmt: skip
 
