@@ -18,12 +18,15 @@ Run: python benchmarks/collect.py --env-id Ant-v5 --dataset-id ant/random-v0 --n
 import json
 import math
 import multiprocessing
+import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -45,7 +48,7 @@ from common.dataset import (  # noqa: E402
     load_dataset,
     make_spaces,
     minari_folder,
-    put_into_minari,
+    minari_writes_to,
     ref_scores_of,
 )
 from common.dynamics import save  # noqa: E402
@@ -255,6 +258,25 @@ def load_policy(name: str, grade: str) -> tuple[mopo.Actor, dict]:
 
 
 # --- Recording ---
+@contextmanager
+def put_into_minari(dataset_id: str) -> Iterator[None]:
+    """Inside, Minari writes to a folder of its own; at the end the dataset is moved to the others, whole.
+
+    Two processes may do so at once and either may be killed.
+    """
+    root = minari_folder()
+    with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder:  # Minari lists no hidden folders
+        with minari_writes_to(folder):
+            yield
+        for namespace in list(Path(dataset_id).parents)[:-1]:
+            (root / namespace).mkdir(parents=True, exist_ok=True)
+            new, old = (Path(top, namespace, "namespace_metadata.json") for top in (folder, root))
+            if new.exists() and not old.exists():
+                os.replace(new, old)
+        if not (root / dataset_id).exists():
+            os.rename(Path(folder, dataset_id), root / dataset_id)
+
+
 def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.Env, policy: str, card: dict) -> Path:
     """Writes episodes as a local Minari dataset, with the reference scores of `env` where they are known.
 

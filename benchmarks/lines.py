@@ -1,4 +1,4 @@
-"""How long is each script, and how much of it differs from the one it is read after? Writes the table of algos/README.md.
+"""How long is each script, and how much of it differs from the one it is read after? The table of algos/README.md.
 
 A changed line is one that a unified diff adds or removes; the header (paper, idea, departures) is left out.
 Run: python benchmarks/lines.py
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READING_ORDER = {  # script: the one to read first
     "mopo": None, "mobile": "mopo", "morel": "mopo", "morel_npg": "morel", "combo": "mopo", "cql": "combo",
     "osr": "cql", "osr_v": "osr", "sdc": "osr", "sac_bc": "mopo", "onestep": "sac_bc", "iql": "cql",
-    "td3_bc": "sac_bc", "bc": "td3_bc", "sdm_gan": "combo",
+    "td3_bc": "cql", "bc": "td3_bc", "sdm_gan": "combo",
 }  # fmt: skip
 
 

@@ -105,15 +105,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OFFLINE_MBRL_CACHE") or Path(user_cache, "offline-mbrl")).expanduser()
 
 
-def make_cache_folder(folder: Path) -> None:
-    """Raises InputError when nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
-
-
 def load_dataset(name: str, device: torch.device | str = "cpu", env_id: str | None = None) -> OfflineDataset:
     """Loads `name` and puts it on `device`.
 
@@ -195,26 +186,14 @@ def minari_folder() -> Path:
 
 
 @contextmanager
-def put_into_minari(dataset_id: str) -> Iterator[None]:
-    """Inside, Minari writes to a folder of its own; at the end the dataset is moved to the others, whole.
-
-    Two processes may do so at once and either may be killed.
-    """
-    root, usual_root = minari_folder(), os.environ.get("MINARI_DATASETS_PATH")
+def minari_writes_to(folder: Path | str) -> Iterator[None]:
+    """Its root is the only way to say where."""
+    usual_root = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:
-        # Minari lists no hidden folders, and its own root is the only way to say where to write
-        with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder:
-            os.environ["MINARI_DATASETS_PATH"] = folder
-            yield
-            for namespace in list(Path(dataset_id).parents)[:-1]:
-                (root / namespace).mkdir(parents=True, exist_ok=True)
-                new, old = (Path(top, namespace, "namespace_metadata.json") for top in (folder, root))
-                if new.exists() and not old.exists():
-                    os.replace(new, old)
-            if not (root / dataset_id).exists():
-                os.rename(Path(folder, dataset_id), root / dataset_id)
+        yield
     finally:
-        os.environ.pop("MINARI_DATASETS_PATH", None)
+        os.environ.pop("MINARI_DATASETS_PATH")
         if usual_root is not None:
             os.environ["MINARI_DATASETS_PATH"] = usual_root
 
@@ -230,10 +209,17 @@ def _download(name: str) -> Path:
             from huggingface_hub.utils import get_session
 
             get_session().head(constants.ENDPOINT, timeout=5)
-        with FileLock(root / ".downloading.lock"):
+        # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
+        lock, folder = (
+            FileLock(root / ".downloading.lock"),
+            tempfile.TemporaryDirectory(dir=root, prefix=".downloading-"),
+        )
+        with lock, folder as part:
             if not (root / name / "data").exists():  # else another process was faster
-                with put_into_minari(name):
+                with minari_writes_to(part):
                     minari.download_dataset(name)
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(Path(part, name), root / name)
         return root / name / "data"
     except Exception as error:  # malformed or unknown id, no network, no space: the user needs the same hint
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -345,10 +331,8 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndar
             if isinstance(obs, dict):
                 obs = np.concatenate([obs[key] for key in sorted(obs)], axis=1)  # (length + 1, obs_dim)
             if len(obs) != length + 1:
-                raise InputError(
-                    f"Episode {episode.id} in {path} has {len(obs)} observations for {length} rewards, which should be "
-                    "one more: get another version of the dataset."
-                )
+                counts = f"{len(obs)} observations for {length} rewards, which should be one more"
+                raise InputError(f"Episode {episode.id} in {path} has {counts}: get another version of it.")
             at, stop = slice(stop, stop + length), stop + length
             rows["observations"][at], rows["next_observations"][at] = obs[:-1], obs[1:]
             rows["actions"][at], rows["rewards"][at] = episode.actions, episode.rewards
@@ -426,10 +410,8 @@ def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space) -> tuple[EnvSpec 
 def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str, check_bounds: bool = True) -> None:
     for what, space in (("observations", obs_space), ("actions", action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise InputError(
-                f"{name} has {what} in {space}: only vectors are supported, as observations also dictionaries of float "
-                "vectors, but not discrete or image."
-            )
+            kinds = "only vectors, as observations also dictionaries of float vectors, but not discrete or image"
+            raise InputError(f"{name} has {what} in {space}: {kinds}.")
     if check_bounds and not (action_space.is_bounded() and (action_space.low < action_space.high).all()):
         raise InputError(f"{name} has actions in {action_space}: give an environment with finite bounds by --env-id.")
 

@@ -34,7 +34,7 @@ D4RL_ENVS = {  # to evaluate in, by the first word of the name: id and settings
     "hopper": ("Hopper-v5", {}),
     "walker2d": ("Walker2d-v5", {"xml_file": "walker2d.xml"}),  # its right foot slips as in v2; v5's own grips
 }
-CONNECT_TIMEOUT, READ_TIMEOUT = 5, 60  # seconds: no network shows at once, a slow server may pause
+TIMEOUT = 20  # seconds without an answer
 
 
 def d4rl_file(name: str) -> Path:
@@ -94,7 +94,7 @@ def _download(url: str, file: Path, size: int, sha256: str) -> None:
 def _request(url: str, folder: Path, start: int) -> http.client.HTTPResponse:
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        return urllib.request.build_opener(_PatientHandler).open(request, timeout=CONNECT_TIMEOUT)
+        return urllib.request.urlopen(request, timeout=TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
         if start and getattr(error, "code", None) == 416:  # the server's file ends before that
             return _request(url, folder, 0)
@@ -118,15 +118,3 @@ def _receive(response: http.client.HTTPResponse, part: Path, file: Path, start: 
     except (OSError, http.client.HTTPException) as error:
         return str(error)
     return "the server closed the connection"
-
-
-class _PatientHandler(urllib.request.HTTPHandler):
-    """Its connections wait longer for data than for the connection itself."""
-
-    class Connection(http.client.HTTPConnection):
-        def connect(self):
-            super().connect()
-            self.sock.settimeout(READ_TIMEOUT)
-
-    def http_open(self, request):
-        return self.do_open(self.Connection, request)

@@ -3,11 +3,9 @@
 Every member predicts a diagonal Gaussian over (next_obs - obs, reward) from a standardised (obs, action). All members
 are computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
 
-    load_or_fit               a cache, so that twenty runs on one dataset fit the ensemble once
-    Dynamics.loss, .fit       maximum likelihood, bootstrap, early stopping and elites
-    Dynamics.predict          every member at every row, differentiable in obs and action
-    Dynamics.sample_elites    K samples of every elite
-    Dynamics.step             one sampled transition per row, by one elite per row, with or without what all members say
+    load_or_fit         a cache, so that twenty runs on one dataset fit the ensemble once
+    Dynamics.predict    every member at every row, differentiable in obs and action; .sample_elites: K samples of each
+    Dynamics.step       one sampled transition per row, by one elite per row, with or without what all members say
 """
 
 import hashlib
@@ -26,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir, make_cache_folder
+from common.dataset import InputError, OfflineDataset, cache_dir
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 SHORT_FIT = 1_000_000  # rows seen in all: it is over before it is compiled
@@ -113,14 +111,11 @@ class Dynamics(nn.Module):
         num_elites, batch = len(self.elites), len(obs)
         if all_members:
             next_mean, reward_mean, std = self.predict(obs, action)
-            member = torch.empty_like(order)  # of each row
-            member[order] = self.elites[torch.arange(batch, device=obs.device) % num_elites]
-            row = torch.arange(batch, device=obs.device)
+            row, member = torch.arange(batch, device=obs.device), self.elites[order.argsort() % num_elites]
             mean = torch.cat([next_mean[member, row], reward_mean[member, row, None]], dim=-1)
             sample = mean + std[member, row] * noise
             return sample[:, :-1], sample[:, -1], (next_mean, reward_mean, std)
-        x = torch.cat([obs, action], dim=-1)[order]
-        x = F.pad(x, (0, 0, 0, -batch % num_elites))
+        x = F.pad(torch.cat([obs, action], dim=-1)[order], (0, 0, 0, -batch % num_elites))
         x = x.view(-1, num_elites, x.shape[-1]).transpose(0, 1)  # (num_elites, share, in_dim), dealt out like cards
         mean, logvar = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
         sample = torch.empty_like(noise)
@@ -247,17 +242,25 @@ def rounds_products(device: torch.device) -> bool:
     return not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5)
 
 
+def cache_file(kind: str, device: torch.device, key: list) -> Path:
+    """Where a fit of that key is kept, apart from one whose products were rounded."""
+    text = json.dumps([*key, *["rounded products"] * rounds_products(device)])
+    return cache_dir() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+
+
 def make_once(file: Path, what: str, make: Callable[[], None]) -> str:
     """make(), which writes `file`, unless it is there or another process is making it. Returns what happened."""
     if file.is_file():
         return "reused"
-    make_cache_folder(file.parent)
     lock = FileLock(file.with_suffix(".lock"))
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         print(f"{what:<11} another process is fitting it: waiting for it")
         lock.acquire()
+    except OSError as error:
+        raise InputError(f"cannot write to {file.parent} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
     try:
         start = time.monotonic()
         if file.is_file():
@@ -288,9 +291,8 @@ def load_or_fit(
     sizes = {"num_members": num_members, "num_elites": num_elites, "hidden_size": hidden_size}
     if num_elites > num_members:
         raise InputError(f"--num-elites {num_elites} is more than --num-members {num_members}")
-    rounded = ["rounded products"] * rounds_products(device)
-    key = json.dumps([FILE_VERSION, data.data_hash, sizes, max_epochs, seed, *rounded])
-    file = Path(path) if path else cache_dir() / "dynamics" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    key = [FILE_VERSION, data.data_hash, sizes, max_epochs, seed]
+    file = Path(path) if path else cache_file("dynamics", device, key)
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
     verb = make_once(file, "dynamics", lambda: _fit_to_file(data, seed, sizes, max_epochs, file, compile))

@@ -11,10 +11,7 @@ from common.dynamics import rounds_products
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to keep what is freed. It hands large buffers back to Linux, which zeroes each page of the next ones.
-
-    At every update: up to a quarter of the time of a large one.
-    """
+    """Else glibc hands large buffers back to Linux, which zeroes each page anew: up to a quarter of a large update."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer in a mapping of its own
@@ -31,10 +28,7 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had.
-
-    On a GPU it is a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites.
-    """
+    """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had."""
     dynamo = torch._dynamo
     if not hasattr(dynamo.config, "trace_autograd_ops"):
         print(f"compile     needs torch 2.13, this is {torch.__version__}: going on eagerly and slower")
@@ -42,6 +36,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     dynamo.config.trace_autograd_ops = True
     # the compiler counts graphs by this object and refuses the ninth, that of the ninth run in a notebook
     function.__code__ = function.__code__.replace()
+    # on a GPU a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites
     mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
 
     def call(*inputs: Tensor):

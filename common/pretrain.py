@@ -1,10 +1,5 @@
-"""A network that is trained once, before the method, and then kept: a behaviour model, an inverse model and the like.
+"""A network that is trained once, before the method. It and its loss belong to the scripts: here are loop and cache."""
 
-The network and its loss belong to the scripts. Here are the loop, its progress and the cache.
-"""
-
-import hashlib
-import json
 import math
 import sys
 import time
@@ -16,8 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir
-from common.dynamics import make_once, rounds_products, save
+from common.dataset import InputError, OfflineDataset
+from common.dynamics import cache_file, make_once, save
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
 HOLDOUT_INTERVAL = 500  # updates
@@ -47,9 +42,7 @@ def load_or_train(
     """
     if len(rows) < 20:
         raise InputError(f"the {name} needs 20 transitions or more, not {len(rows)}")
-    rounded = ["rounded products"] * rounds_products(rows.device)
-    key = json.dumps([FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings, *rounded])
-    file = cache_dir() / "pretrained" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    file = cache_file("pretrained", rows.device, [FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
     with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
         torch.manual_seed(seed)
         net = make().to(rows.device)

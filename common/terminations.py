@@ -185,12 +185,9 @@ def imported_rule(target: str, data: OfflineDataset) -> TerminationFn:
 def termination_fn(mode: str, data: OfflineDataset, seed: int = 0) -> TerminationFn:
     """mode: auto, known, learned, none or module:function; seed: of the learned rule. Prints which rule it is, and why.
 
-    Returns a function of obs (batch, obs_dim), action (batch, action_dim) in [-1, 1] and next_obs (batch, obs_dim), in
-    raw units and on the data's device, that gives bool (batch,): True where the step ends the episode. It consists of
-    tensor operations of fixed shape without gradient, so a rollout that calls it can be compiled or captured.
-
-    Raises InputError for another mode, for `known` without a known rule, for too few terminals to learn from, and for a
-    user's function that cannot be imported or returns something else.
+    Returns a function of obs (batch, obs_dim), action (batch, action_dim) in [-1, 1] and next_obs (batch, obs_dim) that
+    gives bool (batch,): True where the step ends the episode. It can be compiled or captured. Raises InputError for
+    another mode, without a known rule, with too few terminals to learn from, and for a user's function that fails.
     """
     rule, why = known_rule(data.env_spec)
     terminal = data.terminal > 0.5

@@ -125,7 +125,7 @@ def test_interrupted_download_is_resumed(server, folder, monkeypatch):
 
 
 def test_connection_that_falls_silent_is_cut(server, monkeypatch):
-    monkeypatch.setattr(download, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     finished = threading.Event()
 
     def silent(self):

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--no-compile", "--num-threads", "1", "--num-updates", "1200", "--eval-interval", "600"]
+QUICK = "--no-compile --num-threads 1 --num-updates 1200 --eval-interval 600"
+QUICK += " --hidden-sizes 64 64 --dynamics-hidden-size 64"
 
 
 def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arrays(tmp_path):
@@ -20,7 +21,7 @@ def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arra
     assert [command[0] for command in commands] == ["record.py", "algos/mopo.py"]
     for script, *flags in commands:
         path = tmp_path / script if script == "record.py" else ROOT / script
-        command = [sys.executable, str(path), *flags, *(QUICK if script != "record.py" else [])]
+        command = [sys.executable, str(path), *flags, *(QUICK.split() if script != "record.py" else [])]
         output = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert output.returncode == 0, output.stderr
     assert "auto chose learned: Walk-v0 is not in the table" in output.stdout

@@ -356,9 +356,7 @@ def assert_same_ends(one: Path, other: Path) -> None:
     assert first == second
 
 
-@pytest.mark.parametrize(
-    "script", ["mopo", "sdc", "sdm_gan", "morel_npg"]
-)  # four kinds of state
+@pytest.mark.parametrize("script", ["mopo", "sdc", "sdm_gan", "morel_npg"])  # four kinds of state
 def test_a_run_killed_at_any_moment_and_resumed_ends_bit_identical(script, run, home, tmp_path):
     flags = ("--num-updates", "60" if script == "morel_npg" else "200", "--checkpoint-interval", "20")
     run("--run-name", "whole", *flags, script=script)
