@@ -391,16 +391,13 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
     Raises InputError where the constraint would say nothing: when the kernel is next to 0 or 1 everywhere.
     """
     generator = torch.Generator(data.obs.device).manual_seed(args.seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=data.obs.device, generator=generator)
-
     known = data.successor_known.nonzero().squeeze(1)
     at = known[torch.randint(len(known), (1_000,), device=known.device, generator=generator)]
     agent.obs_scale.copy_(transition.obs_std)
-    shape = args.mmd_samples, len(at), data.obs.shape[1]
-    obs, next_obs = data.obs[at].expand(shape), data.next_obs[at] / agent.obs_scale
-    one, other = (transition.sample(obs, randn(*shape[:2], transition.latent_dim)) / agent.obs_scale for _ in range(2))
+    obs, next_obs = data.obs[at].expand(args.mmd_samples, -1, -1), data.next_obs[at] / agent.obs_scale
+    shape = args.mmd_samples, len(at), transition.latent_dim
+    noise = [torch.randn(shape, device=known.device, generator=generator) for _ in range(2)]
+    one, other = (transition.sample(obs, z) / agent.obs_scale for z in noise)  # (mmd_samples, 1_000, obs_dim)
     distance = (one[0] - next_obs).norm(dim=-1)  # (1_000,) [width]
     agent.bandwidth.copy_(distance.median() if args.bandwidth is None else torch.tensor(args.bandwidth))
     kernel = (-distance.square() / (2 * agent.bandwidth.square())).exp().mean().item()

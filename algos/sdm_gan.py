@@ -9,12 +9,11 @@ whose actions may have any distribution, must deceive D and maximise Q:
 
 --gan wasserstein puts a critic with gradient penalty in D's place.
 Rollouts end:      after h steps, or where terminal_fn says so; the pairs that D sees after one step.
-Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar, the whole rollout; each loss moves
-                   one network alone.
+Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar in actor_loss, the whole rollout.
 Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
-As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, there about 8, gives
+As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, about 8 there, gives
 itself away. Departures: [shared] In a model rollout every state gets an action of its own; in that code all states of a
 chunk get the first one's. [heads] The ensemble and its terminations are those of the other scripts, not learned heads
 of one network. [candidates] Evaluation acts with noise 0, not with the best of ten actions by Q. [weight] Pairs whose
@@ -87,8 +86,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
 
 TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the released code for v0
     "pendulum/random-v0": dict(
-        num_updates=3_000, batch_size=128, eval_interval=250, score_evals=3, checkpoint_interval=1_500,
-        hidden_sizes=(64, 64), dynamics_max_epochs=30, rollout_batch_size=1_000, num_bootstrap=2,
+        num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False, batch_size=128,
+        hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, rollout_batch_size=1_000, num_bootstrap=2,
+        dynamics_hidden_size=128, dynamics_max_epochs=15, q_coef=100.0, discriminator_lr=1e-3,
         warm_start_updates=750, real_ratio_interval=250,
     ),
 } | {
@@ -196,8 +196,7 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_opt = SkippingAdam(list(self.actor.parameters()), args.actor_lr, args.momentum)
         self.critic_opt = SkippingAdam(list(self.critic.parameters()), args.critic_lr)
-        adversary = list(self.discriminator.parameters())
-        self.discriminator_opt = SkippingAdam(adversary, args.discriminator_lr, args.momentum)
+        self.discriminator_opt = SkippingAdam([*self.discriminator.parameters()], args.discriminator_lr, args.momentum)
         self.register_buffer("warm", torch.tensor(True))  # whether the warm start goes on
         self.register_buffer("reward_range", torch.tensor([-math.inf, math.inf]))  # of the data
         self.register_buffer("q_average", torch.tensor(0.0))  # Qbar; 0: no batch yet
@@ -208,7 +207,7 @@ class Agent(nn.Module):
 # --- The method ---
 #     s~ = s + clip( sigma eps, -0.05, 0.05 ),   eps ~ N(0, 1)
 def jitter(obs: Tensor, noise: Tensor, noise_scale: float) -> Tensor:
-    """obs: (batch, obs_dim), noise: (..., batch, obs_dim). Returns as noise."""
+    """(batch, obs_dim), (..., batch, obs_dim) -> as the noise"""
     return obs + (noise_scale * noise).clamp(-0.05, 0.05)
 
 
@@ -219,10 +218,7 @@ def pre_tanh(action: Tensor) -> Tensor:
 
 #     F = { (s~,x) } u { (s',x') },   x = g(s~,xi),   s' ~ M(s~,tanh x) without gradient,   x' = g(s',xi')
 def policy_pairs(actor: Actor, dynamics: Dynamics, terminal_fn: Callable, rows: Tensor, noise: dict, args: Args):
-    """rows: flat, whose states count, but not those of terminal rows.
-
-    Returns obs (2 batch, obs_dim), x (2 batch, action_dim) and weight (2 batch,), 0 for pairs that do not count.
-    """
+    """At the states of rows: obs (2 batch, obs_dim), x (2 batch, action_dim) and weight, 0 or 1, (2 batch,)."""
     obs, alive = rows[:, : noise["pair_obs"].shape[-1]], 1 - rows[:, -1]
     near = jitter(obs, noise["pair_obs"], args.noise_scale)
     raw = actor(near, noise["pair_action"][0])
@@ -247,22 +243,8 @@ def generator_loss(fake: Tensor, weight: Tensor, gan: str) -> Tensor:
     return -mean_over(weight, F.logsigmoid(fake) if gan == "js" else fake)
 
 
-#     js:            L_D = 1/2 mean_T [ - y log D - (1 - y) log(1 - D) ] + 1/2 mean_F [ - log(1 - D) ],   y ~ U[0.8, 1)
-def js_loss(real: Tensor, fake: Tensor, weight: Tensor, label: Tensor) -> Tensor:
-    """All (rows,); real, fake: logits, label: y."""
-    real_loss = F.binary_cross_entropy_with_logits(real, label, reduction="none")
-    fake_loss = F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake), reduction="none")
-    return 0.5 * (mean_over(weight, real_loss) + mean_over(weight, fake_loss))
-
-
-#     wasserstein:   L_D = - mean_T D + mean_F D + 10 mean ( |grad D(z)| - 1 )^2,   z = u t + (1 - u) f,   u ~ U[0, 1)
-def wasserstein_loss(real: Tensor, fake: Tensor, weight: Tensor, penalty: Tensor, penalty_weight: float) -> Tensor:
-    """All (rows,); penalty: `gradient_penalty` at z."""
-    return mean_over(weight, fake - real + penalty_weight * penalty)
-
-
 def gradient_penalty(discriminator, pairs: Tensor) -> Tensor:
-    """(rows, obs_dim + action_dim) -> (rows,)"""
+    """( |grad D(z)| - 1 )^2 at the pairs z: (rows, obs_dim + action_dim) -> (rows,)"""
     pairs = pairs.detach().requires_grad_()
     slope = torch.autograd.grad(discriminator(pairs).sum(), pairs, create_graph=True)[0].norm(dim=-1)  # (rows,)
     return (slope - 1).square()
@@ -272,11 +254,9 @@ def gradient_penalty(discriminator, pairs: Tensor) -> Tensor:
 #     s~_1 .. s~_K-1 as above around s',   s~_K = s'
 def bootstrapped_value(agent: Agent, next_obs: Tensor, noise: dict[str, Tensor], args: Args) -> Tensor:
     """next_obs: (batch, obs_dim). Returns (batch,)."""
-    near = jitter(next_obs, noise["next_obs"], args.noise_scale)  # (K - 1, batch, obs_dim)
-    near = torch.cat([near, next_obs[None]]).flatten(0, 1)  # (K batch, obs_dim)
+    near = torch.cat([jitter(next_obs, noise["next_obs"], args.noise_scale), next_obs[None]]).flatten(0, 1)
     q = agent.target_critic(near, torch.tanh(agent.target_actor(near, noise["next_action"].flatten(0, 1))))
-    q = 0.75 * q.amin(dim=0) + 0.25 * q.amax(dim=0)  # (K batch,)
-    q = q.unflatten(0, (-1, len(next_obs))).mean(dim=0)  # (batch,)
+    q = (0.75 * q.amin(dim=0) + 0.25 * q.amax(dim=0)).unflatten(0, (-1, len(next_obs))).mean(dim=0)  # (batch,)
     return torch.where(q.abs() < 2_000, q, 0.0)
 
 
@@ -291,9 +271,8 @@ def next_loss_limit(limit: Tensor, losses: Tensor) -> Tensor:
     return 0.95 * limit + 0.05 * (losses.mean() + 3 * losses.std(correction=0))
 
 
-#     rho = max( rho_end, 1 - 0.1 floor( updates after the warm start / interval ) )
+#     rho = max( rho_end, 1 - 0.1 floor( updates after the warm start / interval ) ),   update: from 1
 def real_share(update: int, args: Args) -> float:
-    """update: from 1."""
     drops = max(0, update - 1 - args.warm_start_updates) // args.real_ratio_interval
     return max(args.real_ratio, 1 - 0.1 * drops)
 
@@ -322,9 +301,8 @@ def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], arg
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():
         low, high = agent.reward_range
-        target_q = reward.clamp(low, high) + args.gamma * (1 - terminal) * bootstrapped_value(
-            agent, next_obs, noise, args
-        )
+        next_q = bootstrapped_value(agent, next_obs, noise, args)
+        target_q = reward.clamp(low, high) + args.gamma * (1 - terminal) * next_q
     q = agent.critic(obs, action)  # (2, batch)
     assert target_q.shape == q.shape[1:]
     loss = F.huber_loss(q, target_q.expand_as(q), reduction="none", delta=500.0).mean(dim=1).sum()
@@ -341,29 +319,31 @@ def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], loss_g: Tens
     return loss, {"generator_loss": loss_g.detach(), "q_average": q_average, "q_size": q_size}
 
 
+#     js:            L_D = 1/2 mean_T [ - y log D - (1 - y) log(1 - D) ] + 1/2 mean_F [ - log(1 - D) ],   y ~ U[0.8, 1)
+#     wasserstein:   L_D = - mean_T D + mean_F D + 10 mean ( |grad D(z)| - 1 )^2,   z = u t + (1 - u) f,   u ~ U[0, 1)
 def discriminator_loss(agent: Agent, real: Tensor, fake: Tensor, weight: Tensor, noise: dict, args: Args):
-    """real, fake: pairs of the data and the policy, (rows, obs_dim + action_dim), without gradient; weight: (rows,)."""
-    real_out, fake_out = agent.discriminator(real), agent.discriminator(fake)  # (rows,)
+    """real, fake: the pairs of T and F, (rows, obs_dim + action_dim), without gradient; weight: (rows,)."""
+    real_out, fake_out, uniform = agent.discriminator(real), agent.discriminator(fake), noise["uniform"]  # (rows,)
     if args.gan == "js":
-        loss = js_loss(real_out, fake_out, weight, 0.8 + 0.2 * noise["uniform"])
+        real_loss = F.binary_cross_entropy_with_logits(real_out, 0.8 + 0.2 * uniform, reduction="none")
+        fake_loss = F.binary_cross_entropy_with_logits(fake_out, torch.zeros_like(fake_out), reduction="none")
+        loss = 0.5 * (mean_over(weight, real_loss) + mean_over(weight, fake_loss))
         middle = math.log(0.45 / 0.55)  # D where both are alike: half the labels' mean
     else:
-        penalty = gradient_penalty(agent.discriminator, torch.lerp(fake, real, noise["uniform"][:, None]))
-        loss = wasserstein_loss(real_out, fake_out, weight, penalty, args.penalty_weight)
-        middle = 0.5 * (mean_over(weight, real_out) + mean_over(weight, fake_out)).detach()
-    info = {"real_accuracy": mean_over(weight, (real_out > middle).float())}
-    return loss, info | {"fake_accuracy": mean_over(weight, (fake_out <= middle).float())}
+        penalty = gradient_penalty(agent.discriminator, torch.lerp(fake, real, uniform[:, None]))
+        loss = mean_over(weight, fake_out - real_out + args.penalty_weight * penalty)
+        middle = 0.5 * (mean_over(weight, real_out) + mean_over(weight, fake_out))
+    accuracy = {"real_accuracy": mean_over(weight, (real_out > middle).float())}
+    return loss, accuracy | {"fake_accuracy": mean_over(weight, (fake_out <= middle).float())}
 
 
 # --- Update: rows as in `flat_rows` ---
 def draw_noise(obs_dim: int, noise_dim: int, args: Args, device: torch.device) -> dict[str, Tensor]:
     """Of one update; standard normal where the name says no more."""
     batch, k = args.batch_size, args.num_bootstrap
-    noise = {"next_obs": torch.randn(k - 1, batch, obs_dim, device=device)}
-    noise["next_action"] = torch.randn(k, batch, noise_dim, device=device)
-    noise["action"] = torch.randn(batch, noise_dim, device=device)
-    noise["pair_obs"] = torch.randn(batch, obs_dim, device=device)
-    noise["pair_action"] = torch.randn(2, batch, noise_dim, device=device)
+    shapes = {"next_obs": (k - 1, batch, obs_dim), "next_action": (k, batch, noise_dim), "action": (batch, noise_dim)}
+    shapes |= {"pair_obs": (batch, obs_dim), "pair_action": (2, batch, noise_dim)}
+    noise = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
     noise["order"] = torch.randperm(batch, device=device)  # which elite simulates which row
     noise["model"] = torch.randn(batch, obs_dim + 1, device=device)
     noise["uniform"] = torch.rand(2 * batch, device=device)
@@ -371,10 +351,7 @@ def draw_noise(obs_dim: int, noise_dim: int, args: Args, device: torch.device) -
 
 
 def update(agent: Agent, model: tuple, rows: dict[str, Tensor], noise: dict[str, Tensor], improve: bool, args: Args):
-    """model: dynamics and terminal_fn; improve: also the policy, in one update of policy_interval.
-
-    rows: of the critic's batch, of the states of the policy's pairs (batch, ...), of the logged pairs (2 batch, ...).
-    """
+    """rows: for the critic's batch, the policy's and the logged pairs; improve: also the policy, in some updates."""
     obs_dim, always = noise["pair_obs"].shape[-1], torch.ones_like(agent.warm)
     action_dim = rows["critic"].shape[1] - 2 * obs_dim - 2
     obs, action, reward, next_obs, terminal = rows["critic"].split([obs_dim, action_dim, 1, obs_dim, 1], dim=-1)
@@ -391,9 +368,7 @@ def update(agent: Agent, model: tuple, rows: dict[str, Tensor], noise: dict[str,
     # actor
     loss_g = generator_loss(agent.discriminator(fake), weight, args.gan)
     loss_pi, info_pi = actor_loss(agent, obs, noise, loss_g, args)
-    slope = torch.full_like(loss_g, math.nan)
     if improve:
-        slope = torch.autograd.grad(loss_g, raw, retain_graph=True)[0].norm()  # what the policy learns from D
         agent.actor_opt.minimize(loss_pi, always)
     # discriminator
     loss_d, info_d = discriminator_loss(agent, real, fake.detach(), weight, noise, args)
@@ -407,7 +382,7 @@ def update(agent: Agent, model: tuple, rows: dict[str, Tensor], noise: dict[str,
         agent.q_average.copy_(info_pi["q_average"].lerp(info_pi["q_size"], args.tau))
         agent.losses.copy_(torch.cat([agent.losses[1:], loss_q[None]]))
     info = {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "discriminator_loss": loss_d.detach()}
-    return {**info, "generator_slope": slope, "skipped": (~small).float(), **info_q, **info_pi, **info_d}
+    return {**info, "skipped": (~small).float(), **info_q, **info_pi, **info_d}
 
 
 # --- Model rollouts ---
@@ -473,8 +448,7 @@ def main(args: Args) -> None:
     run.open(data)
     if args.num_updates <= args.warm_start_updates:
         print("warm start  all of it: the critic will learn nothing, lower --warm-start-updates")
-    saturated = (data.action.abs() > 0.999).float().mean().item()
-    print(f"saturated   {saturated:.1%} of the logged actions' numbers lie within 0.001 of a bound")
+    print(f"saturated   {(data.action.abs() > 0.999).float().mean():.1%} of logged actions lie within 0.001 of a bound")
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
@@ -487,13 +461,11 @@ def main(args: Args) -> None:
     if args.num_candidates > 1:
         policy = BestOfCandidates(obs_dim, action_dim, args.hidden_sizes, args.noise_dim, args.num_candidates)
         policy.critic, policy.actor = agent.critic, agent.actor
-        policy.noise.copy_(torch.randn(policy.noise.shape, generator=torch.Generator().manual_seed(args.seed)))
-        policy.to(run.device)
+        policy.noise = policy.noise.normal_(generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     capacity = args.rollout_retain * args.rollout_batch_size * args.rollout_length
     buffer = ModelBuffer(capacity, real_rows.shape[1]).to(run.device)
-    model = dynamics, terminal_fn
     # two graphs, without and with the policy's step
-    step = run.compiled(lambda rows, noise, improve: update(agent, model, rows, noise, improve, args))
+    step = run.compiled(lambda rows, noise, improve: update(agent, (dynamics, terminal_fn), rows, noise, improve, args))
 
     for i in run.updates(agent=agent, buffer=buffer):  # 1 .. num_updates, or from where a resumed run was
         after = i - 1 - args.warm_start_updates
@@ -505,8 +477,7 @@ def main(args: Args) -> None:
         share = real_share(i, args)
         run.note(model_buffer_size=buffer.size, real_share=share)
         batch = {name: sample_batch(real_rows, buffer, share, args) for name in ("critic", "states")}
-        logged = torch.randint(len(real_rows), (2 * args.batch_size,), device=run.device)
-        batch["logged"] = real_rows.index_select(0, logged)
+        batch["logged"] = real_rows[torch.randint(len(real_rows), (2 * args.batch_size,), device=run.device)]
         noise = draw_noise(obs_dim, agent.actor.noise_dim, args, run.device)
         info = step(batch, noise, i % args.policy_interval == 0)
         if i % len(agent.losses) == 0:

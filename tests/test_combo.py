@@ -414,6 +414,17 @@ def assert_run_ends_as_mopo(algo, settings: dict, monkeypatch, tmp_path) -> None
         torch.testing.assert_close(ends[0][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_updates_without_the_term_and_with_entropy_are_those_of_mopo():
+    args = combo.Args(**SAME, batch_size=BATCH, conservative_coef=0.0, backup_entropy=True)
+    agent, theirs = random_agent(combo, args), random_agent(mopo, mopo.Args(**SAME, batch_size=BATCH))
+    for step in range(3):
+        rows, noise = as_rows(random_batch(seed=step)), random_noise(seed=10 + step)
+        info, expected = combo.update(agent, rows, noise, args), mopo.update(theirs, rows, noise, args)
+        torch.testing.assert_close({name: info[name] for name in expected}, expected, rtol=1e-9, atol=1e-9)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(agent.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_a_run_without_the_term_and_with_entropy_is_one_of_mopo_without_a_penalty(monkeypatch, tmp_path):
     assert_run_ends_as_mopo(combo, {"conservative_coef": 0.0, "backup_entropy": True}, monkeypatch, tmp_path)
 

@@ -177,26 +177,24 @@ def test_each_stage_changes_its_own_networks_alone(improvement):
         assert {name for name, net in nets.items() if not unchanged(net, before[name])} == changing
 
 
-class Near(nn.Module):
-    """A critic whose twins agree best on actions near `goal`; the second is lower far from it."""
-
-    goal = 0.4
+class Opposed(nn.Module):
+    """A critic whose first Q wants the sum of the action large and whose second wants it small."""
 
     def forward(self, obs, action):
-        distance = (action - self.goal).abs().sum(dim=-1)
-        return torch.stack([-distance, -2 * distance])
+        total = action.sum(dim=-1)
+        return torch.stack([total, -2 * total])
 
 
 def test_easy_bcq_takes_the_best_of_the_behaviours_candidates_and_depends_on_nothing_else():
     behaviour, noise = random_behaviour(), random_noise()["candidates"][:, :1]
     policy = onestep.EasyBCQ(OBS_DIM, ACTION_DIM, (8, 8), NUM).double()
-    policy.critic, policy.behaviour = Near(), behaviour
+    policy.critic, policy.behaviour = Opposed(), behaviour
     policy.noise.copy_(noise)
     obs = random_batch()[0]
     action = policy.act(obs)
     for row in range(BATCH):
         candidates = [numpy_actor(behaviour, obs[row : row + 1].numpy(), noise[k].numpy())[0][0] for k in range(NUM)]
-        best = min(candidates, key=lambda a: np.abs(a - 0.4).sum())
+        best = max(candidates, key=lambda a: min(a.sum(), -2 * a.sum()))
         np.testing.assert_allclose(action[row], best)
     torch.testing.assert_close(policy.act(obs[3:5]), action[3:5])
     assert len({tuple(np.round(a, 6)) for a in action.numpy()}) == BATCH

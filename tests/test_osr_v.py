@@ -195,7 +195,7 @@ def test_the_policy_goes_to_the_side_where_q_is_raised(raised, side):
 def test_a_run_perturbs_afresh_in_units_of_its_data_and_its_models_stay_as_fitted(module, tmp_path, monkeypatch):
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
     rng, seen = np.random.default_rng(0), []
-    obs, action = rng.normal(size=(200, OBS_DIM)) * STD, rng.uniform(-1, 1, (200, ACTION_DIM))
+    obs, action = rng.normal(size=(200, OBS_DIM + 1)) * [*STD, 0] + 5, rng.uniform(-1, 1, (200, ACTION_DIM))
     arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1}
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(200), timeouts=np.ones(200))
     update = module.update
@@ -211,7 +211,7 @@ def test_a_run_perturbs_afresh_in_units_of_its_data_and_its_models_stay_as_fitte
     small = {"hidden_sizes": (8, 8), "num_samples": 2, "num_updates": 3, "compile": False, "num_threads": 1}
     module.main(module.Args(dataset=str(tmp_path / "own.npz"), run_dir=str(tmp_path), **small, **own))
     stds, nets, states, noises = zip(*seen, strict=True)
-    np.testing.assert_allclose(stds[-1], obs.std(axis=0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(stds[-1], obs.std(axis=0, ddof=1), rtol=1e-5)  # 0 where obs is constant
     assert len(nets[-1]) == (2 if module is sdc else 1)
     assert not any(p.requires_grad for net in nets[-1] for p in net.parameters())
     for first, last in zip(states[0], states[-1], strict=True):

@@ -21,26 +21,33 @@ from common.dataset import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
-script = "mopo"
+script = "iql"
 compile = false
 num-updates = 60
 eval-interval = 20
 eval-episodes = 2
 checkpoint-interval = 20
+batch-size = 32
+hidden-sizes = "16 16"
+"""
+LONG = TINY.replace("num-updates = 60", "num-updates = 600").replace("eval-interval = 20", "eval-interval = 200")
+MODEL = """
 rollout-batch-size = 100
 rollout-interval = 15
-batch-size = 32
 dynamics-max-epochs = 1
+dynamics-hidden-size = 16
 """
+WITH_MODEL = TINY.replace("iql", "mopo") + MODEL
 
 
 @pytest.fixture
 def home(tmp_path, tmp_path_factory, monkeypatch):
-    """The working directory of the commands; datasets are recorded once for all tests, ensembles are not shared."""
+    """The working directory of the commands; the dataset is made once for all tests, ensembles are not shared."""
     datasets = tmp_path_factory.getbasetemp() / "datasets"
     datasets.mkdir(exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "datasets").symlink_to(datasets)
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -71,7 +78,7 @@ def test_every_cell_is_one_run_with_a_name_of_its_own(home):
         'seed = [0, 1]\npenalty-coef = [0, 0.5]\ndataset = ["pendulum/random-v0", "a.npz"]',
         "seed = 7\ngamma = 0.9",
     )
-    args = run.Args(grid=write_grid(home, *blocks))
+    args = run.Args(grid=write_grid(home, *blocks, tiny=WITH_MODEL))
     runs = run.make_runs(*run.read_grid(args), args)
     assert len(runs) == 9
     names = [one.folder.name for one in runs]
@@ -82,14 +89,33 @@ def test_every_cell_is_one_run_with_a_name_of_its_own(home):
 
 def test_however_a_number_is_written_it_is_the_same_method(home):
     for text, name in (("0.0", "0"), ("5e-1", "0.5"), ("2", "2"), ('"2.0"', "2")):
-        args = run.Args(grid=write_grid(home, f"penalty-coef = [{text}]"))
+        args = run.Args(grid=write_grid(home, f"penalty-coef = [{text}]", tiny=WITH_MODEL))
         [made] = run.make_runs(*run.read_grid(args), args)
         assert made.variant == f"penalty-coef={name}" and f"__penalty-coef={name}__" in made.folder.name
-    args = run.Args(grid=write_grid(home, 'dynamics = ["ens-1.0", "ens-1"]'))
+    args = run.Args(grid=write_grid(home, 'dynamics = ["ens-1.0", "ens-1"]', tiny=WITH_MODEL))
     assert [made.variant for made in run.make_runs(*run.read_grid(args), args)] == [
         "dynamics=ens-1.0",
         "dynamics=ens-1",
     ]
+
+
+def test_a_setting_of_several_numbers_is_a_text_and_an_axis_of_them_a_list_of_texts(home):
+    tiny = TINY.replace('hidden-sizes = "16 16"', "")
+    for line, sizes in (
+        ('hidden-sizes = "64 32"', {"": [64, 32]}),
+        ('hidden-sizes = ["64 64", "8"]', {"hidden-sizes=64-64": [64, 64], "hidden-sizes=8": [8]}),
+    ):
+        args = run.Args(grid=write_grid(home, line, 'dataset = "my data.npz"\n' + line, tiny=tiny))
+        runs = run.make_runs(*run.read_grid(args), args)
+        for made in runs:
+            assert made.settings["hidden_sizes"] == sizes[made.variant]
+            words = made.command(1)
+            at, numbers = words.index("--hidden-sizes"), list(map(str, sizes[made.variant]))
+            assert words[at + 1 : at + 1 + len(numbers)] == numbers
+            assert f"__iql__{made.variant}__0".replace("____", "__") in made.folder.name
+        assert len(runs) == 2 * len(sizes) and "my data.npz" in runs[-1].command(1)
+    args = run.Args(script="iql", set=("hidden-sizes=64 64,8",))
+    assert [made.variant for made in run.make_runs(*run.read_grid(args), args)] == list(sizes)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "grids").glob("*.toml")), ids=lambda file: file.stem)
@@ -111,7 +137,7 @@ def test_flags_make_the_same_grid_as_a_file(home):
 
 
 def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, capsys):
-    grid = write_grid(home, "penalty-coef = [0]")
+    grid = write_grid(home, "gamma = [0.9]")
     assert run.main(run.Args(grid=grid, dry_run=True)) == 0
     command = capsys.readouterr().out.strip()
     assert not Path("runs").exists()
@@ -120,7 +146,7 @@ def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, caps
     assert run.main(run.Args(grid=grid, dry_run=True)) == 0
     assert capsys.readouterr().out.startswith("# finished: ")
     assert run.main(run.Args(grid=grid, run_dir="others", workers=1)) == 0
-    name = "pendulum-random-v0__mopo__penalty-coef=0__0"
+    name = "pendulum-random-v0__iql__gamma=0.9__0"
     assert_same_run(Path("runs/g") / name, Path("others/g") / name)
 
 
@@ -133,6 +159,7 @@ def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, caps
         ('[[grid]]\nscript = "mopo"\nseed = "one"', "seed"),
         ('[[grid]]\nscript = "mopo"\nseed = []', "every list a value"),
         ('[[grid]]\nscript = "mopo"\ngamma = {a = 1}', "gamma cannot be"),
+        ('[[grid]]\nscript = "mopo"\nhidden-sizes = [[64, 64]]', "several numbers are one: '64 64'"),
         ('[[grid]]\nscript = "mopo"\nreal-ratio = 2.0', "between 0 and 1"),
         ('[[grid]]\nscript = "mopo"\nnum-threads = 2', "num-threads cannot be set in a grid"),
         ('[[grid]]\nscript = "mopo"\n[[grid]]\nscript = "mopo"\ngamma = 0.9', "must differ in a list"),
@@ -178,9 +205,9 @@ def test_the_gpu_of_a_run_that_was_left_behind_is_not_given_to_another(home, mon
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     grid, seen = write_grid(home, "seed = [0, 1]"), gpus_of_sleeping_runs(monkeypatch)
-    left_behind = Path("runs/g/pendulum-random-v0__mopo__0")
+    left_behind = Path("runs/g/pendulum-random-v0__iql__0")
     left_behind.mkdir(parents=True)
-    (left_behind / "log.txt").write_text("half a bar$ CUDA_VISIBLE_DEVICES=0 python algos/mopo.py\n")
+    (left_behind / "log.txt").write_text("half a bar$ CUDA_VISIBLE_DEVICES=0 python algos/iql.py\n")
     with open(left_behind / "log.txt", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         threading.Timer(2, lambda: fcntl.flock(log, fcntl.LOCK_UN)).start()
@@ -248,11 +275,11 @@ def test_room_is_what_the_control_groups_leave(tmp_path, top, line, limit, usage
 
 def test_what_a_killed_start_has_left_behind_counts_as_room(home, monkeypatch):
     monkeypatch.setattr(run, "available_gb", lambda: 0.1)
-    grid, folder = write_grid(home, ""), Path("runs/g/pendulum-random-v0__mopo__0")
+    grid, folder = write_grid(home, ""), Path("runs/g/pendulum-random-v0__iql__0")
     with pytest.raises(InputError, match="lower --memory-per-worker"):
         run.main(run.Args(grid=grid, workers=1))
     folder.mkdir(parents=True)
-    with run.Run("mopo", "", folder, [], {}).lock() as log:
+    with run.Run("iql", "", folder, [], {}).lock() as log:
         left_behind = subprocess.Popen(["sleep", "3"], stdout=log)
     assert run.main(run.Args(grid=grid, workers=1)) == 0  # it has waited for the end, then started the run
     assert left_behind.wait() == 0 and (folder / "policy.pt").is_file()
@@ -264,8 +291,8 @@ def test_a_failing_run_stops_nothing_and_is_listed_with_its_last_words(home, cap
     assert run.main(run.Args(grid=grid, workers=1)) == 1
     out = capsys.readouterr().out
     assert "1 of 2 runs finished, 1 failed" in out
-    assert re.search(r"failed +missing\.npz__mopo__0, exit status 1\n(    .*\n)*    error: .*missing\.npz", out)
-    done = Path("runs/g/pendulum-random-v0__mopo__0/policy.pt")
+    assert re.search(r"failed +missing\.npz__iql__0, exit status 1\n(    .*\n)*    error: .*missing\.npz", out)
+    done = Path("runs/g/pendulum-random-v0__iql__0/policy.pt")
     before = done.stat().st_mtime_ns
     assert run.main(run.Args(grid=grid, workers=1)) == 1  # the finished one is skipped
     assert done.stat().st_mtime_ns == before
@@ -278,12 +305,12 @@ def test_a_folder_with_other_settings_is_refused_and_kept(home):
     grid = write_grid(home, "gamma = 0.8")
     with pytest.raises(InputError, match=r"holds a run with gamma 0.9, the grid asks for 0.8"):
         run.main(run.Args(grid=grid, workers=1))
-    assert Path("runs/g/pendulum-random-v0__mopo__0/policy.pt").is_file()
+    assert Path("runs/g/pendulum-random-v0__iql__0/policy.pt").is_file()
 
 
 def test_a_run_that_comes_out_with_other_settings_fails_alone(home, capsys, monkeypatch):
     def start_edited(command, *rest, **gpu):  # as if the script had been edited since the grid began
-        return start(command + ["--gamma", "0.5"] if command[-1].endswith("mopo__0") else command, *rest, **gpu)
+        return start(command + ["--gamma", "0.5"] if command[-1].endswith("iql__0") else command, *rest, **gpu)
 
     start = run.start
     monkeypatch.setattr(run, "start", start_edited)
@@ -291,12 +318,12 @@ def test_a_run_that_comes_out_with_other_settings_fails_alone(home, capsys, monk
     assert run.main(run.Args(grid=grid, workers=1)) == 1
     out = capsys.readouterr().out
     assert "1 of 2 runs finished, 1 failed" in out
-    assert re.search(r"failed +\S+__mopo__0, .*\n(    .*\n)*    error: .* holds a run with gamma 0.5", out)
+    assert re.search(r"failed +\S+__iql__0, .*\n(    .*\n)*    error: .* holds a run with gamma 0.5", out)
 
 
 def test_a_folder_that_spoils_while_its_run_waits_is_left_alone(home, capsys, monkeypatch):
     def start_and_spoil(*inputs, **gpu):
-        Path("runs/g/pendulum-random-v0__mopo__1/config.json").write_text("{")
+        Path("runs/g/pendulum-random-v0__iql__1/config.json").write_text("{")
         return start(*inputs, **gpu)
 
     start = run.start
@@ -304,11 +331,11 @@ def test_a_folder_that_spoils_while_its_run_waits_is_left_alone(home, capsys, mo
     assert run.main(run.Args(grid=write_grid(home, "seed = [0, 1, 2]"), workers=1)) == 1
     out = capsys.readouterr().out
     assert "2 of 3 runs finished, 1 failed" in out and "config.json is damaged" in out
-    assert not Path("runs/g/pendulum-random-v0__mopo__1/checkpoint.pt").exists()
+    assert not Path("runs/g/pendulum-random-v0__iql__1/checkpoint.pt").exists()
 
 
 def test_two_workers_that_want_the_same_ensemble_fit_it_once(home):
-    assert run.main(run.Args(grid=write_grid(home, "penalty-coef = [0, 1, 2]"), workers=2)) == 0
+    assert run.main(run.Args(grid=write_grid(home, "penalty-coef = [0, 1, 2]", tiny=WITH_MODEL), workers=2)) == 0
     logs = [file.read_text() for file in Path("runs/g").glob("*/log.txt")]
     assert len(logs) == 3 and sum("fitted in" in log for log in logs) == 1
     assert len(list((home / "cache" / "dynamics").glob("*.pt"))) == 1
@@ -329,7 +356,7 @@ def kill_all(runner: subprocess.Popen, folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found by /proc")
 @pytest.mark.parametrize("everything", [True, False], ids=["runs are killed too", "only the runner is killed"])
 def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
-    grid = write_grid(home, "seed = [0, 1]", tiny=TINY.replace("num-updates = 60", "num-updates = 400"))
+    grid = write_grid(home, "seed = [0, 1]", tiny=LONG)
     folder = home / "killed" / "g"
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), grid, "--run-dir", str(home / "killed")]
     runner = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -350,7 +377,7 @@ def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
         assert not everything or made not in saved or "--resume" in starts[1]
     assert run.main(run.Args(grid=grid, run_dir=str(home / "whole"), workers=2)) == 0
     for seed in (0, 1):
-        name = f"pendulum-random-v0__mopo__{seed}"
+        name = f"pendulum-random-v0__iql__{seed}"
         assert_same_run(folder / name, home / "whole" / "g" / name)
 
 
@@ -382,7 +409,7 @@ def assert_finished_as_here(runner: subprocess.Popen, grid: str, seeds: tuple[in
     assert runner.returncode == 0, output
     assert f"{len(seeds)} of {len(seeds)} runs finished, 0 failed" in output
     assert run.main(run.Args(grid=grid, run_dir="here", workers=1)) == 0
-    for name in (f"pendulum-random-v0__mopo__{seed}" for seed in seeds):
+    for name in (f"pendulum-random-v0__iql__{seed}" for seed in seeds):
         assert_same_run(Path("runs/g") / name, Path("here/g") / name)
         there, here = (json.loads((Path(where, "g", name) / "config.json").read_text()) for where in ("runs", "here"))
         assert there["commit"] == here["commit"] != ""
@@ -401,7 +428,7 @@ def test_a_node_that_dies_in_the_middle_of_the_grid_costs_what_came_after_the_la
 
 def test_a_killed_grid_on_a_cluster_goes_on_from_the_last_checkpoint(home, cluster):
     grid = write_grid(home, "seed = [0]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
-    runner, folder = start_on_ray(grid, cluster), Path("runs/g/pendulum-random-v0__mopo__0")
+    runner, folder = start_on_ray(grid, cluster), Path("runs/g/pendulum-random-v0__iql__0")
     wait_for_checkpoints(runner, 1)
     runner.kill()
     runner.communicate()
