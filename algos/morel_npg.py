@@ -84,7 +84,7 @@ TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that na
     "pendulum/random-v0": dict(
         num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, compile=False,
         num_trajectories=100, step_size=0.05,
-        dynamics_hidden_size=128, dynamics_max_epochs=15, threshold_coef=3.0, halt_offset=1_500.0,
+        dynamics_max_epochs=30, threshold_coef=3.0, halt_offset=1_500.0,  # whole episodes need a better model
     ),
 } | {
     dataset: dict(

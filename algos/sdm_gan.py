@@ -260,9 +260,8 @@ def bootstrapped_value(agent: Agent, next_obs: Tensor, noise: dict[str, Tensor],
     return torch.where(q.abs() < 2_000, q, 0.0)
 
 
-#     r in [ min r - 3 std r, max r + 3 std r ]
+#     r in [ min r - 3 std r, max r + 3 std r ],   of the data
 def reward_range(reward: Tensor) -> Tensor:
-    """The data's rewards (rows,) -> (2,)"""
     return torch.stack([reward.min() - 3 * reward.std(), reward.max() + 3 * reward.std()])
 
 

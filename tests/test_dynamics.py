@@ -404,6 +404,11 @@ def test_fit_learns_a_noisy_linear_system_and_its_noise(fitted):
     torch.testing.assert_close(std.mean(dim=(0, 1)), NOISE, rtol=0.2, atol=0)
 
 
+def test_the_bounds_of_the_logvariance_start_at_minus_10_and_a_half():
+    new = Dynamics(2, 1, 4, 2, 8)
+    assert (new.max_logvar == 0.5).all() and (new.min_logvar == -10).all()
+
+
 def test_fit_draws_the_bounds_of_the_logvariance_together(fitted):
     assert (fitted.dynamics.max_logvar < 0.5).all() and (fitted.dynamics.min_logvar > -10).all()
 
