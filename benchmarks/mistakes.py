@@ -51,8 +51,7 @@ def read_table(table: Path) -> list[dict[str, str]]:
     """Raises InputError when a text to replace does not stand in its file exactly once, or a test is gone."""
     mistakes = tomllib.loads(table.read_text())["mistake"]
     for row in mistakes:
-        count = (ROOT / row["file"]).read_text().count(row["old"])
-        if count != 1:
+        if (count := (ROOT / row["file"]).read_text().count(row["old"])) != 1:
             raise InputError(f"{row['name']}: old is {count} times in {row['file']}: bring {table} up to date")
         file, _, test = row["test"].split("[")[0].partition("::")
         if f"def {test}(" not in (ROOT / file).read_text():
@@ -91,8 +90,7 @@ def try_all(mistakes: list[dict[str, str]], workers: int) -> list[str]:
     """The outcome of each. Raises InputError where a test does not even pass without its mistake."""
     before = run_tests(sorted({row["test"] for row in mistakes}))
     if before.returncode:
-        output = (before.stdout + before.stderr)[-2000:]
-        raise InputError("the tests must pass before a mistake is put in:\n" + output)
+        raise InputError(f"tests must pass before a mistake is put in:\n{(before.stdout + before.stderr)[-2000:]}")
     results = []
     with ThreadPoolExecutor(workers) as pool:
         for row, result in zip(bar := tqdm(mistakes, unit="mistake", leave=False), pool.map(outcome, mistakes)):
@@ -102,11 +100,14 @@ def try_all(mistakes: list[dict[str, str]], workers: int) -> list[str]:
     return results
 
 
+def git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+
 def table_lines(mistakes: list[dict[str, str]], results: list[str], commit: str) -> list[str]:
     """Of results/mistakes.md."""
     lines = ["# Known mistakes, and the tests that notice them", ""]
-    noticed = f"{results.count('noticed')} of {len(results)} are noticed"
-    lines += [f"Written by `python benchmarks/mistakes.py`. Of commit {commit}, {noticed}.", ""]
+    lines += [f"Of commit {commit}, {results.count('noticed')} of {len(results)} noticed (benchmarks/mistakes.py).", ""]
     lines += ["| name | file | mistake | found in | test | |", "| --- | --- | --- | --- | --- | --- |"]
     for row, result in zip(mistakes, results, strict=True):
         cells = *(row[key].replace("|", "\\|") for key in ("name", "file", "mistake", "found", "test")), result
@@ -182,11 +183,11 @@ def main(args: Args) -> int:
     mistakes = [row for row in mistakes if any(args.only in row[key] for key in ("name", "file", "test"))]
     if not mistakes:
         raise InputError(f"no mistake whose name, file or test has {args.only!r} in it")
+    commit = git("rev-parse", "--short=7", "HEAD")
+    commit += "-dirty" if git("status", "--porcelain", "algos", "common", "tests", "benchmarks/mistakes.toml") else ""
     results = try_all(mistakes, args.workers)
     print(f"{results.count('noticed')} of {len(results)} mistakes are noticed by their test")
     if not args.only:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         RESULTS.write_text("\n".join(table_lines(mistakes, results, commit)) + "\n")
     return int(results.count("noticed") < len(results))
 
