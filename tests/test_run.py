@@ -17,14 +17,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._inductor.utils import fresh_cache
 
 import algos.mopo as mopo
 import common.run
 from common import InputError, machine
 from common.dataset import load_dataset
-from common.run import load_policy, make_envs, read_args
+from common.run import evaluate, load_policy, make_envs, read_args
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 TINY = {
@@ -157,7 +160,7 @@ def test_the_first_line_names_the_folder_and_settings_say_where_they_come_from(r
     + [("sdm_gan", ("--num-candidates", "3")), ("onestep", ("--improvement", "easy-bcq"))],
 )
 def test_load_policy_gives_the_policy_that_was_evaluated_in_the_environments_box(run, monkeypatch, script, flags):
-    module, seen, evaluate = importlib.import_module(f"algos.{script}"), [], common.run.evaluate
+    module, seen = importlib.import_module(f"algos.{script}"), []
     monkeypatch.setattr(common.run, "evaluate", lambda policy, *rest: seen.append(policy) or evaluate(policy, *rest))
     folder = run(*flags, script=script)
     obs, data = np.random.default_rng(0).normal(size=(5, 7, 3)), load_dataset("pendulum/random-v0")
@@ -176,15 +179,28 @@ def test_no_policy_is_loaded_from_a_folder_without_a_finished_run(tmp_path):
         load_policy(tmp_path, mopo.Actor)
 
 
+def test_a_file_with_d4rls_name_gets_the_settings_of_its_set_and_flags_come_first(monkeypatch):
+    def settings(*flags: str) -> tuple[float, int]:
+        monkeypatch.setattr("sys.argv", ["mopo.py", *flags])
+        args = read_args(mopo.Args, mopo.TUNED)
+        return args.penalty_coef, args.rollout_length
+
+    path = ("--dataset", "somewhere/hopper_medium-v2.hdf5")
+    assert settings(*path) == (5.0, 5) and settings(*path, "--penalty-coef", "3") == (3.0, 5)
+    assert settings("--dataset", "somewhere/walker2d_medium_replay-v2.hdf5") == (2.5, 1)
+    assert settings("--dataset", "somewhere/mine.hdf5") == (mopo.Args.penalty_coef, mopo.Args.rollout_length)
+
+
 def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):
     folder = run("--eval-interval", "10", "--score-evals", "2")
     returns = [float(row["return_mean"]) for row in progress(folder)]
     assert f"score       {np.mean(returns[-2:]):.1f} " in capsys.readouterr().out
 
 
-def test_evaluating_more_often_changes_nothing_else(run, tmp_path):
-    run("--run-name", "often", "--eval-interval", "5")
-    run("--run-name", "rarely", "--eval-interval", "40")
+@pytest.mark.parametrize("script", ["mopo", "morel", "morel_npg"])  # which evaluate in the pessimistic MDP, too
+def test_evaluating_more_often_changes_nothing_else(script, run, tmp_path):
+    run("--run-name", "often", "--eval-interval", "5", script=script)
+    run("--run-name", "rarely", "--eval-interval", "40", script=script)
     assert_same_checkpoint(tmp_path / "often", tmp_path / "rarely")
     assert progress(tmp_path / "often")[-1]["return_mean"] == progress(tmp_path / "rarely")[-1]["return_mean"]
 
@@ -502,23 +518,144 @@ def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_
     assert out.splitlines()[-1].startswith("error: ") and "lacks actions" in out and "Traceback" not in out
 
 
+# --- Evaluation ---
+class SeedSpy:
+    """Remembers what the environments were reset with."""
+
+    def __init__(self, envs: gym.vector.VectorEnv):
+        self.envs, self.num_envs, self.step = envs, envs.num_envs, envs.step
+
+    def reset(self, seed: list[int]):
+        self.seeds = seed
+        return self.envs.reset(seed=seed)
+
+
+def vector_env(env_id: str, num: int) -> SeedSpy:
+    return SeedSpy(gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * num))
+
+
+def box_data(obs_dim: int, high: float) -> SimpleNamespace:
+    return SimpleNamespace(obs=torch.zeros(1, obs_dim), to_env_action=lambda action: high * action)
+
+
+def gentle_actor() -> mopo.Actor:
+    """So weak that the time until the pendulum falls depends on where it starts."""
+    torch.manual_seed(3)
+    actor = mopo.Actor(4, 1, (16, 16))
+    with torch.no_grad():
+        actor.net[-1].weight.mul_(0.1)
+        actor.net[-1].bias.zero_()
+    return actor
+
+
+def hand_loop(env_id: str, actor: mopo.Actor, high: float, seed: int) -> tuple[float, int]:
+    """Return and length of an episode."""
+    env, total, steps, done = gym.make(env_id), 0.0, 0, False
+    obs, _ = env.reset(seed=seed)
+    while not done:
+        with torch.no_grad():
+            action = high * actor.act(torch.tensor(np.array(obs, dtype=np.float32))[None])[0].numpy()
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, steps, done = total + reward, steps + 1, terminated or truncated
+    return total, steps
+
+
+def test_evaluation_returns_the_undiscounted_return_of_one_episode_per_environment():
+    torch.manual_seed(3)
+    actor, envs = mopo.Actor(3, 1, (16, 16)), vector_env("Pendulum-v1", 3)
+    returns = evaluate(actor, envs, box_data(3, 2.0), [0, 500])
+    assert returns.shape == (3,) and len(set(envs.seeds)) == 3
+    expected = [hand_loop("Pendulum-v1", actor, 2.0, seed)[0] for seed in envs.seeds]
+    np.testing.assert_allclose(returns, expected, rtol=1e-5)
+
+
+def test_evaluation_stops_counting_where_an_episode_has_ended():
+    actor, envs = gentle_actor(), vector_env("InvertedPendulum-v5", 6)
+    returns = evaluate(actor, envs, box_data(4, 3.0), [0, 500])
+    results = [hand_loop("InvertedPendulum-v5", actor, 3.0, seed) for seed in envs.seeds]
+    lengths = [steps for _, steps in results]
+    assert len(set(lengths)) > 2 and max(lengths) > min(lengths) + 2  # the others went on, and this one started anew
+    np.testing.assert_allclose(returns, [total for total, _ in results])
+
+
+def test_evaluation_follows_from_its_seed_alone_and_leaves_random_states_alone():
+    actor, envs, data = gentle_actor(), vector_env("InvertedPendulum-v5", 6), box_data(4, 3.0)
+    torch.manual_seed(11)
+    np.random.seed(11)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = evaluate(actor, envs, data, [0, 500])
+    assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
+    starts = []
+    for seed in ([0, 500], [0, 1_000], [1, 500]):
+        again = evaluate(actor, envs, data, seed)
+        starts.append(tuple(envs.seeds))
+        assert (again == first).all() == (seed == [0, 500])
+    assert len(set(starts)) == 3
+
+
 # --- The machine ---
 def test_one_function_compiled_for_many_runs_stays_one_graph_each(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: seen.append(function.__code__) or function)
     for i in range(12):
-        assert machine.compiled(lambda x: x + i, torch.device("cpu"))(torch.tensor(1)).item() == 1 + i
+        assert machine.compiled(lambda x: x + i, CPU)(torch.tensor(1)).item() == 1 + i
     assert len({id(code) for code in seen}) == 12  # the compiler counts by it and refuses the ninth
 
 
-def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch, capsys):
-    def fails(function, **_):
-        raise torch._dynamo.exc.Unsupported("no compiler here")
+def test_an_older_torch_gives_the_function_itself_after_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    assert machine.compiled(math.sqrt, CPU) is math.sqrt
+    assert capsys.readouterr().out.startswith("compile     needs torch 2.13")
 
-    monkeypatch.setattr(torch, "compile", fails)
-    step = machine.compiled(lambda x: 2 * x, torch.device("cpu"))
-    assert [step(torch.tensor(i)).item() for i in (1, 2)] == [2, 4]
-    assert capsys.readouterr().out.count("going on eagerly and slower") == 1
+
+def test_an_error_of_the_function_itself_is_not_taken_for_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def fails(x):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        machine.compiled(fails, CPU)(torch.zeros(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["absent compiler", "broken compiler", "unwritable cache"])
+def test_where_compiling_fails_the_function_goes_on_eagerly_after_one_line(trouble, tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "g++"
+    if trouble == "broken compiler":  # it answers when asked for its version but compiles nothing
+        fake.write_text("#!/bin/sh\n[ \"$1\" = --version ] && { echo 'g++ 12.2.0'; exit 0; }\nexit 1\n")
+        fake.chmod(0o755)
+    torch._dynamo.reset()
+    with fresh_cache(), torch._inductor.config.patch({} if "cache" in trouble else {"cpp.cxx": (None, str(fake))}):
+        if trouble == "unwritable cache":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        step = machine.compiled(lambda x: (2 * x + 1).sin().sum(), CPU)
+        values = [step(torch.full((8,), float(i))).item() for i in range(3)]
+    torch._dynamo.reset()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 and "eagerly" in printed[0]
+    assert values == pytest.approx([8 * math.sin(2 * i + 1) for i in range(3)], rel=1e-5)
+
+
+def test_highest_precision_keeps_float32_products():
+    precision = torch.get_float32_matmul_precision()
+    a, b = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
+    machine.set_matmul_precision("highest", CPU)
+    try:
+        torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=0, atol=1e-4)  # bfloat16: 0.1
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_medium_is_what_the_cpu_gets_unless_it_rounds(exact, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    if not exact:
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.full((64, 64), 64 / 9 * 1.002))
+    machine.set_matmul_precision("highest", CPU)
+    assert asked == ["medium"] + ["highest"] * (not exact)
 
 
 @pytest.mark.slow
