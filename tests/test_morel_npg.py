@@ -373,6 +373,20 @@ def test_the_environments_own_ends_end_trajectories_too():
     assert (after_first[:, 0] >= -1.7).all() and (reward.abs() < 5).all()
 
 
+def test_at_every_step_elites_and_noise_are_drawn_anew_for_the_rows_that_go_on():
+    mdp, seen = hole_mdp(1e-6), []
+
+    def spy(obs, action, order, noise):
+        seen.append((order, noise))
+        return npg.PessimisticMDP.step(mdp, obs, action, order, noise)
+
+    _, (_, _, _, alive, _) = run_rollout(SimpleNamespace(step=spy))
+    assert [len(order) for order, _ in seen] == alive.sum(dim=1).tolist()
+    for (order, noise), (later, other) in zip(seen, seen[1:]):
+        assert torch.equal(order.sort()[0], torch.arange(len(order))) and noise.shape == (len(order), 3)
+        assert not torch.equal(order[: len(later)], later) and not torch.equal(noise[: len(other)], other)
+
+
 @pytest.mark.parametrize("threshold, avoids", [(1e-6, True), (math.inf, False)])
 def test_the_policy_learns_to_walk_around_a_hole_in_the_data(threshold, avoids):
     mdp, args = hole_mdp(threshold), npg.Args(step_size=0.1, batch_size=512)
