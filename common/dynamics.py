@@ -1,7 +1,8 @@
 """Probabilistic ensemble of dynamics models (Chua et al. 2018, PETS; settings of Yu et al. 2020, MOPO).
 
-Every member predicts a diagonal Gaussian over (next_obs - obs, reward) from a standardised (obs, action). All members
-are computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
+Every member predicts a diagonal Gaussian over (next_obs - obs, reward) from (obs, action). Inputs and targets are
+standardised inside, so that units do not matter; what goes in and comes out is in the data's units. All members are
+computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
 
     load_or_fit         a cache, so that twenty runs on one dataset fit the ensemble once
     Dynamics.predict    every member at every row, differentiable in obs and action; .sample_elites: K samples of each
@@ -28,7 +29,7 @@ from common.dataset import InputError, OfflineDataset, cache_dir
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 SHORT_FIT = 1_000_000  # rows seen in all: it is over before it is compiled
-FILE_VERSION = 2  # raise it when a change makes older cached ensembles wrong
+FILE_VERSION = 3  # raise it when a change makes older cached ensembles wrong
 
 
 class MemberLinear(nn.Module):
@@ -65,11 +66,14 @@ class Dynamics(nn.Module):
         self.min_logvar = nn.Parameter(torch.full((obs_dim + 1,), -10.0))
         self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
+        self.register_buffer("target_mean", torch.zeros(obs_dim + 1))
+        self.register_buffer("target_std", torch.ones(obs_dim + 1))  # 0: a constant, known for certain
         self.register_buffer("elites", torch.arange(num_elites))
-        self.register_buffer("holdout_mse", torch.full((num_members,), math.inf))
+        # of the kept weights, in units of the targets' variance: 1 is as good as the mean of the targets
+        self.register_buffer("holdout_mse", torch.full((num_members, obs_dim + 1), math.inf))
 
-    def forward(self, x: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of (next_obs - obs, reward).
+    def standardised(self, x: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of (next_obs - obs, reward), less target_mean, in units of target_std.
 
         x: (num_members, batch, obs_dim + action_dim), or (len(members), ...) for the members of that index.
         Returns two tensors (num_members, batch, obs_dim + 1).
@@ -82,14 +86,19 @@ class Dynamics(nn.Module):
         logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
         return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
+    def forward(self, x: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of (next_obs - obs, reward), shapes as in `standardised`."""
+        mean, logvar = self.standardised(x, members)
+        return self.target_mean + self.target_std * mean, self.target_std * (0.5 * logvar).exp()
+
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every member at every row.
 
         obs: (batch, obs_dim), action: (batch, action_dim). Returns the mean next_obs (num_members, batch, obs_dim), the
         mean reward (num_members, batch) and the standard deviation of both (num_members, batch, obs_dim + 1).
         """
-        mean, logvar = self(torch.cat([obs, action], dim=-1).expand(self.num_members, -1, -1))
-        return obs + mean[..., :-1], mean[..., -1], (0.5 * logvar).exp()
+        mean, std = self(torch.cat([obs, action], dim=-1).expand(self.num_members, -1, -1))
+        return obs + mean[..., :-1], mean[..., -1], std
 
     def sample_elites(self, obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """K transitions of every elite at every row.
@@ -97,8 +106,8 @@ class Dynamics(nn.Module):
         noise: standard normal (K, num_elites, batch, obs_dim + 1). Returns next_obs (K, num_elites, batch, obs_dim) and
         reward (K, num_elites, batch).
         """
-        mean, logvar = self(torch.cat([obs, action], dim=-1).expand(len(self.elites), -1, -1), self.elites)
-        sample = mean + (0.5 * logvar).exp() * noise
+        mean, std = self(torch.cat([obs, action], dim=-1).expand(len(self.elites), -1, -1), self.elites)
+        sample = mean + std * noise
         return obs + sample[..., :-1], sample[..., -1]
 
     def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor, all_members: bool = False):
@@ -117,24 +126,24 @@ class Dynamics(nn.Module):
             return sample[:, :-1], sample[:, -1], (next_mean, reward_mean, std)
         x = F.pad(torch.cat([obs, action], dim=-1)[order], (0, 0, 0, -batch % num_elites))
         x = x.view(-1, num_elites, x.shape[-1]).transpose(0, 1)  # (num_elites, share, in_dim), dealt out like cards
-        mean, logvar = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
+        mean, std = (out.transpose(0, 1).flatten(0, 1)[:batch] for out in self(x, self.elites))
         sample = torch.empty_like(noise)
-        sample[order] = mean + (0.5 * logvar).exp() * noise[order]
+        sample[order] = mean + std * noise[order]
         return obs + sample[:, :-1], sample[:, -1], None
 
     # --- Fitting ---
     #     sum_i mean[ (mu_i - y)^2 / sigma_i^2 + log sigma_i^2 ] + sum_layers wd/2 |W|^2 + 0.01 sum(vmax - vmin)
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: (num_members, batch, obs_dim + action_dim), y: (num_members, batch, obs_dim + 1). Returns a scalar."""
-        mean, logvar = self(x)
+        """x: (num_members, batch, obs_dim + action_dim), y: (num_members, batch, obs_dim + 1), standardised."""
+        mean, logvar = self.standardised(x)
         nll = ((mean - y).square() * (-logvar).exp() + logvar).mean(dim=(1, 2)).sum()
         decay = sum(0.5 * wd * layer.weight.square().sum() for wd, layer in zip(WEIGHT_DECAY, self.layers, strict=True))
         return nll + decay + 0.01 * (self.max_logvar.sum() - self.min_logvar.sum())
 
     @torch.no_grad()
     def mse(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean squared error of every member's mean, (num_members,). x: (rows, in_dim), y: (rows, obs_dim + 1)."""
-        return (self(x.expand(self.num_members, -1, -1))[0] - y).square().mean(dim=(1, 2))
+        """(num_members, obs_dim + 1) for x (rows, in_dim) and standardised y (rows, obs_dim + 1)"""
+        return (self.standardised(x.expand(self.num_members, -1, -1))[0] - y).square().mean(dim=1)
 
     def fit(
         self,
@@ -162,7 +171,10 @@ class Dynamics(nn.Module):
         order = torch.randperm(len(x), generator=generator, device=x.device)
         num_holdout = min(len(x) // 5, 1000)
         holdout, train = order[:num_holdout], order[num_holdout:]
-        self._set_input_statistics(x, train)
+        self._standardise(x, self.input_mean, self.input_std, train)
+        self._standardise(y, self.target_mean, self.target_std, train)
+        self.input_std[self.input_std == 0] = 1.0
+        y = (y - self.target_mean) / torch.where(self.target_std == 0, 1.0, self.target_std)
         # sampled once with replacement: members disagree where the data do not pin them down
         shape = (self.num_members, len(train))
         bootstrap = train[torch.randint(len(train), shape, generator=generator, device=x.device)]
@@ -202,31 +214,32 @@ class Dynamics(nn.Module):
                     opt.step()
                 bar.update(len(bx))
             mse = self.mse(x[holdout], y[holdout])
-            better = mse < 0.99 * self.holdout_mse
+            better = mse.mean(dim=1) < 0.99 * self.holdout_mse.mean(dim=1)
             self.holdout_mse[better] = mse[better]
             for kept, p in zip(best, member_params, strict=True):
                 kept[better] = p.detach()[better]
             stale = 0 if better.any() else stale + 1
-            bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.tolist()))
+            if not mse.isfinite().all():
+                raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
+            bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.mean(dim=1).tolist()))
             if partial and time.monotonic() - saved > 60:
                 state = {"model": self.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
                 save(partial, state | {"best": best, "epoch": epoch, "stale": stale})
                 saved = time.monotonic()
         bar.close()
-        if not torch.cat([self.holdout_mse, self.max_logvar, self.min_logvar]).isfinite().all():
-            raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
         with torch.no_grad():
             for kept, p in zip(best, member_params, strict=True):
                 p.copy_(kept)
-        self.elites.copy_(self.holdout_mse.argsort()[: len(self.elites)])
+        self.elites.copy_(self.holdout_mse.mean(dim=1).argsort()[: len(self.elites)])
         return epoch
 
-    def _set_input_statistics(self, x: Tensor, train: Tensor) -> None:
+    @staticmethod
+    def _standardise(x: Tensor, mean: Tensor, std: Tensor, train: Tensor) -> None:
         for column in range(x.shape[1]):  # in float64, a column at a time: exact and small for a million rows
             values = x[:, column][train].double()
-            mean, std = values.mean(), values.std()
-            constant = std <= 1e-6 * mean.abs() + 1e-12
-            self.input_mean[column], self.input_std[column] = mean, torch.where(constant, 1.0, std)
+            mean[column], deviation = values.mean(), values.std()
+            constant = deviation <= 1e-6 * mean[column].abs() + 1e-12
+            std[column] = torch.where(constant, 0.0, deviation)
 
 
 def save(path: Path, state: dict) -> None:
@@ -309,9 +322,12 @@ def load_or_fit(
         raise InputError(f"{file} is for obs, action of {dims} numbers, the data have {[obs_dim, action_dim]}")
     if path and found != sizes:
         print(f"dynamics    the file has {found}, which count, not {sizes}")
-    mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.tolist())
+    mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.mean(dim=1).tolist())
     elites = ", ".join(map(str, sorted(dynamics.elites.tolist())))
-    print(f"dynamics    {verb}, {epochs} epochs, holdout mse {mse}, elites {elites}, {file}")
+    print(f"dynamics    {verb}, {epochs} epochs, holdout mse / variance {mse}, elites {elites}, {file}")
+    error = dynamics.holdout_mse[dynamics.elites].mean(dim=0).tolist()
+    if bad := [f"{f'obs[{i}]' if i < obs_dim else 'reward'} {v:.2g}" for i, v in enumerate(error) if v > 0.5]:
+        print(f"dynamics    predicts badly, against 1 for predicting the mean change: {', '.join(bad)}")
     return dynamics.requires_grad_(False)
 
 

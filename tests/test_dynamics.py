@@ -48,6 +48,8 @@ def random_dynamics(*args, seed: int = 0, **kwargs) -> Dynamics:
     draw(dynamics.min_logvar, -2.0, -0.5)
     draw(dynamics.input_mean, -2.0, 2.0)
     draw(dynamics.input_std, 0.3, 3.0)
+    draw(dynamics.target_mean, -2.0, 2.0)
+    draw(dynamics.target_std, 0.3, 3.0)
     return dynamics
 
 
@@ -76,9 +78,10 @@ def split(num_rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def member_errors(dynamics: Dynamics, x: Tensor, y: Tensor) -> Tensor:
+    """(num_members,) in units of the variance of each target"""
     obs, action = x.split([dynamics.obs_dim, x.shape[1] - dynamics.obs_dim], dim=1)
     next_obs, reward, _ = dynamics.predict(obs, action)
-    error = torch.cat([next_obs - obs, reward[..., None]], dim=-1) - y
+    error = (torch.cat([next_obs - obs, reward[..., None]], dim=-1) - y) / dynamics.target_std
     return error.detach().double().square().flatten(1).mean(dim=1)
 
 
@@ -209,7 +212,7 @@ def test_logvar_rises_with_the_raw_output_and_stays_inside_its_bounds():
 @pytest.mark.parametrize("scale", [1e3, 1e8, 1e20])
 def test_logvar_of_extreme_inputs_stays_inside_its_bounds(scale):
     dynamics = random_dynamics(3, 2, num_members=4, num_elites=2, hidden_size=7)
-    _, logvar = dynamics(scale * randn(4, 100, 5))
+    _, logvar = dynamics.standardised(scale * randn(4, 100, 5))
     assert (logvar >= dynamics.min_logvar - 1e-5).all()
     assert (logvar <= dynamics.max_logvar + (dynamics.min_logvar - dynamics.max_logvar).exp() + 1e-5).all()
     low, high = logvar.flatten(0, 1).aminmax(dim=0)
@@ -284,11 +287,43 @@ def test_small_signals_on_large_offsets_are_scaled_to_unit_std(offset, scale):
     assert z.std().item() == pytest.approx(1, abs=0.02) and z.mean().item() == pytest.approx(0, abs=0.02)
 
 
+# --- Units ---
+def test_units_of_inputs_and_targets_change_neither_the_fit_nor_what_it_predicts():
+    x, y = linear_system(400)
+    shift, scale = torch.tensor([0.0, 5.0, -30.0]), torch.tensor([1e-3, 1e3, 16.0])
+    metres, others = small_dynamics(), small_dynamics()
+    metres.fit(x, y, seed=0, max_epochs=3, batch_size=32)
+    others.fit(shift + scale * x, shift + scale * y, seed=0, max_epochs=3, batch_size=32)
+    torch.testing.assert_close(others.holdout_mse, metres.holdout_mse, rtol=0.05, atol=1e-4)
+    mean, std = metres(x.expand(3, -1, -1))
+    in_units = others((shift + scale * x).expand(3, -1, -1))
+    torch.testing.assert_close((in_units[0] - shift) / scale, mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(in_units[1] / scale, std, rtol=0.05, atol=0)
+
+
+def test_a_holdout_error_of_1_is_that_of_predicting_the_mean():
+    x, y = randn(2000, 3), 1e-4 * randn(2000, 3, seed=1)  # nothing to be learned
+    dynamics = small_dynamics()
+    dynamics.fit(x, y, seed=0, max_epochs=2)
+    assert (dynamics.holdout_mse > 0.85).all() and (dynamics.holdout_mse < 1.25).all()
+
+
+def test_what_never_changes_is_predicted_for_certain():
+    x, y = linear_system(400)
+    y[:, 1] = 0.25
+    dynamics = small_dynamics()
+    dynamics.fit(x, y, seed=0, max_epochs=2)
+    far = 100 * randn(50, 3, seed=2)
+    next_obs, _, std = dynamics.predict(far[:, :2], far[:, 2:])
+    assert (std[..., 1] == 0).all() and (std[..., [0, 2]] > 0).all()
+    torch.testing.assert_close(next_obs[..., 1], (far[:, 1] + 0.25).expand(3, -1))
+
+
 # --- Fit ---
 def test_fit_restores_the_weights_of_each_best_holdout_error_and_elects_the_smallest(fitted):
     dynamics, holdout = fitted.dynamics, split(len(fitted.x), fitted.seed)[0]
     errors = member_errors(dynamics, fitted.x[holdout], fitted.y[holdout])
-    torch.testing.assert_close(dynamics.holdout_mse.double(), errors, rtol=1e-4, atol=0)
+    torch.testing.assert_close(dynamics.holdout_mse.mean(dim=1).double(), errors, rtol=1e-4, atol=0)
     others = [i for i in range(4) if i not in dynamics.elites.tolist()]
     assert len(set(dynamics.elites.tolist())) == 2 and errors[dynamics.elites].max() <= errors[others].min()
 
@@ -306,9 +341,10 @@ def test_members_that_get_worse_keep_their_best_weights():
     dynamics.fit(x, y, seed=0, max_epochs=12, batch_size=32, lr=0.3)
     holdout = split(400, seed=0)[0]
     errors = member_errors(dynamics, x[holdout], y[holdout])
-    assert (history[-1] > 1.01 * dynamics.holdout_mse).any()  # for one at least the last epoch was not the best
-    torch.testing.assert_close(dynamics.holdout_mse.double(), errors, rtol=1e-4, atol=0)
-    assert (errors <= torch.stack(history).amin(dim=0) / 0.98).all()
+    kept, history = dynamics.holdout_mse.mean(dim=1), torch.stack(history).mean(dim=2)
+    assert (history[-1] > 1.01 * kept).any()  # for one at least the last epoch was not the best
+    torch.testing.assert_close(kept.double(), errors, rtol=1e-4, atol=0)
+    assert (errors <= history.amin(dim=0) / 0.98).all()
 
 
 class Scripted(Dynamics):
@@ -320,7 +356,7 @@ class Scripted(Dynamics):
         self.num_holdout = len(x)
         self.seen = getattr(self, "seen", [])
         self.seen.append([layer.weight.detach().clone() for layer in self.layers])
-        return torch.tensor(self.script[len(self.seen) - 1])
+        return torch.tensor(self.script[len(self.seen) - 1])[:, None].expand(-1, 3)
 
 
 def test_only_gains_over_1_percent_count_and_patience_ends_the_fit():
@@ -337,7 +373,7 @@ def test_only_gains_over_1_percent_count_and_patience_ends_the_fit():
         [0.1, 0.1, 0.1],  # never reached
     ]
     assert dynamics.fit(*linear_system(60), seed=0, patience=2) == 8
-    assert dynamics.holdout_mse.tolist() == pytest.approx([0.985, 0.5, 0.4])
+    assert dynamics.holdout_mse.mean(dim=1).tolist() == pytest.approx([0.985, 0.5, 0.4])
     assert dynamics.elites.tolist() == [2, 1]
     for member, epoch in enumerate([3, 5, 1]):
         for layer, seen in zip(dynamics.layers, dynamics.seen[epoch - 1]):
@@ -372,13 +408,13 @@ def test_only_a_long_fit_is_compiled(monkeypatch):
 
 def test_each_member_trains_on_its_own_bootstrap_of_the_training_rows_reshuffled_each_epoch():
     x, y = linear_system(500)
-    x[:, 0] = torch.arange(500)  # names the row
-    y[:, 2] = torch.arange(500)
+    x[:, 0] = y[:, 2] = torch.arange(500)  # names the row
+    std, mean = torch.std_mean(y[split(500, seed=2)[1], 2])
     minibatches = []
 
     def compile(function):
         def wrapped(bx, by):
-            assert torch.equal(bx[..., 0], by[..., 2])
+            torch.testing.assert_close(bx[..., 0], by[..., 2] * std + mean, atol=0.01, rtol=0)
             minibatches.append(bx[..., 0].long())
             return function(bx, by)
 
@@ -397,10 +433,18 @@ def test_each_member_trains_on_its_own_bootstrap_of_the_training_rows_reshuffled
 
 
 def test_fit_learns_a_noisy_linear_system_and_its_noise(fitted):
-    variance = NOISE.square().mean().item()
-    assert all(0.8 * variance < mse < 1.25 * variance for mse in fitted.dynamics.holdout_mse.tolist())
+    share = (NOISE.square() / fitted.y.var(dim=0)).mean().item()  # what nobody can predict
+    assert all(0.8 * share < mse < 1.25 * share for mse in fitted.dynamics.holdout_mse.mean(dim=1).tolist())
+
+    class Restless(Dynamics):  # the errors fall before the deviations do: train all epochs and keep the last weights
+        def mse(self, x, y):
+            self.epochs = getattr(self, "epochs", 0) + 1
+            return super().mse(x, y) * 0.9**self.epochs
+
+    dynamics = small_dynamics(kind=Restless)
+    dynamics.fit(fitted.x, fitted.y, seed=3, max_epochs=40, batch_size=64, lr=2e-3)
     x, _ = linear_system(2000, seed=10)
-    std = fitted.dynamics.predict(x[:, :2], x[:, 2:])[2].detach()
+    std = dynamics.predict(x[:, :2], x[:, 2:])[2].detach()
     torch.testing.assert_close(std.mean(dim=(0, 1)), NOISE, rtol=0.2, atol=0)
 
 
