@@ -149,7 +149,7 @@ def sample_batch(real_rows: Tensor, args: Args) -> Tensor:
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, trust=args.trust)
     run.open(data)
 
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]

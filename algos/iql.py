@@ -36,6 +36,7 @@ from common.run import Run, RunArgs, start  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
@@ -238,11 +239,12 @@ def sample_batch(real_rows: Tensor, args: Args) -> Tensor:
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
+    if args.reward_scale == "returns":
+        data = scale_rewards(data)
     run.open(data)
 
-    real_rows = flat_rows(scale_rewards(data) if args.reward_scale == "returns" else data)
-    obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
+    real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
     step = run.compiled(lambda rows: update(agent, rows, args))
 

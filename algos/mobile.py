@@ -46,6 +46,7 @@ from common.terminations import termination_fn  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
@@ -260,7 +261,7 @@ def update(agent: Agent, dynamics: Dynamics, rows: Tensor, noise: dict[str, Tens
     # critic
     loss_q, info_q = critic_loss(agent, batch, noise, alpha * args.backup_entropy, penalty, args)
     agent.critic_opt.minimize(loss_q)
-    info_q["inconsistency"] = inconsistency.mean()
+    info_q |= {"inconsistency": inconsistency.mean(), "penalty_mean": args.penalty_coef * inconsistency.mean()}
     # actor
     loss_pi, info_pi = actor_loss(agent, obs, noise, alpha)
     agent.actor_opt.minimize(loss_pi)
@@ -337,7 +338,7 @@ def main(args: Args) -> None:
         raise InputError(f"--real-ratio {args.real_ratio} leaves a batch without simulated rows, which pay the penalty")
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}

@@ -43,6 +43,7 @@ from common.terminations import termination_fn  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
@@ -299,7 +300,7 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
             next_obs, reward, (_, means, std) = dynamics.step(obs, action, order, noise, all_members=True)
             reward = reward if args.reward_mode == "sample" else means.mean(dim=0)  # [sample]
             reward, uncertainty = penalized_reward(reward, std, args.penalty_coef)
-            doubts.append(uncertainty)
+            doubts.append(args.penalty_coef * uncertainty)
             terminal = terminal_fn(obs, action, next_obs)
             rows.append(torch.cat([obs, action, reward[:, None], next_obs, terminal.float()[:, None]], dim=-1))
             obs = next_obs[~terminal]
@@ -309,7 +310,7 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
@@ -325,10 +326,10 @@ def main(args: Args) -> None:
     for i in run.updates(agent=agent, buffer=buffer):  # 1 .. num_updates, or from where a resumed run was
         if (i - 1) % args.rollout_interval == 0:
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
-            rows, uncertainty = rollout(dynamics, agent.actor, terminal_fn, starts, args)
+            rows, penalty = rollout(dynamics, agent.actor, terminal_fn, starts, args)
             buffer.add(rows)
             run.note(model_buffer_size=buffer.size)
-            run.note(penalty_mean=uncertainty.mean(), penalty_max=uncertainty.max())
+            run.note(penalty_mean=penalty.mean(), penalty_max=penalty.max())
         if args.actor_lr_schedule == "cosine":  # [cosine]
             agent.actor_opt.lr.fill_(args.actor_lr * 0.5 * (1 + math.cos(math.pi * (i - 1) / args.num_updates)))
         noise = draw_noise(action_dim, args, run.device)

@@ -45,6 +45,7 @@ from common.terminations import termination_fn  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 500  # iterations: trajectories, then one step [MOReL code]
     batch_size: int = 256  # rows in a gradient step of the value and of the cloning [MOReL code]
@@ -382,8 +383,9 @@ def evaluate_pessimistic(mdp: PessimisticMDP, actor: Actor, data: OfflineDataset
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
+    starts, steps = initial_obs(data), args.horizon or horizon(data)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
@@ -391,7 +393,6 @@ def main(args: Args) -> None:
     mdp = make_pessimistic_mdp(dynamics, terminal_fn, data, args)
 
     agent = Agent(data.obs.shape[1], data.action.shape[1], args).to(run.device)
-    starts, steps = initial_obs(data), args.horizon or horizon(data)
     if not run.resumes:
         std, mean = torch.std_mean(data.obs, dim=0)
         for net in (agent.actor, agent.value):

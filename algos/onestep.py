@@ -42,6 +42,7 @@ from common.run import Run, RunArgs, start  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
@@ -319,9 +320,11 @@ def behaviour_model(data: OfflineDataset, args: Args, compile: Callable) -> Acto
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
+    if args.reward_scale == "returns":
+        data = scale_rewards(data)
     run.open(data)
-    real_rows = sarsa_rows(scale_rewards(data) if args.reward_scale == "returns" else data)
+    real_rows = sarsa_rows(data)
     pi_b = behaviour_model(data, args, run.compiled)
 
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]

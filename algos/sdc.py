@@ -49,6 +49,7 @@ from common.run import Run, RunArgs, start  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps
     batch_size: int = 256  # rows in a gradient step
@@ -413,11 +414,9 @@ def calibrate(agent: Agent, transition: TransitionModel, data: OfflineDataset, a
 
 
 def main(args: Args) -> None:
-    if args.eta == math.inf:
-        raise InputError("--eta inf is no constraint: --multiplier 0 says so")
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}

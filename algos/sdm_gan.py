@@ -47,6 +47,7 @@ from common.terminations import termination_fn  # noqa: E402
 class Args(RunArgs):  # and how a run is watched, which changes no policy: common/run.py
     dataset: str = "pendulum/random-v0"  # Minari id, D4RL name, folder of a Minari dataset, .hdf5 or .npz
     env_id: str = ""  # environment to evaluate in; by default the one that the dataset names
+    standardise_obs: bool = False  # networks see (obs - mean) / std of the data [papers: raw]
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 512  # rows in a gradient step
@@ -443,7 +444,7 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
 def main(args: Args) -> None:
     run = Run(args)  # folder, device, threads
     torch.manual_seed(args.seed)
-    data = load_dataset(args.dataset, run.device, args.env_id or None)
+    data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     if args.num_updates <= args.warm_start_updates:
         print("warm start  all of it: the critic will learn nothing, lower --warm-start-updates")

@@ -11,6 +11,7 @@ pendulum/random-v0 is made anywhere. Every node has a cache of ensembles of its 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -20,6 +21,7 @@ from typing import TextIO
 
 import ray
 
+from benchmarks.files import writing
 from benchmarks.grid import ROOT, start, state_now
 from common import InputError
 
@@ -66,8 +68,8 @@ def bring_back(run, files: dict[str, bytes], log: TextIO, commit: str) -> None:
         config = json.loads(files["config.json"])
         files["config.json"] = json.dumps(config | {"commit": config.get("commit") or commit}, indent=2).encode()
     for name in sorted(files, key=lambda name: name == "policy.pt"):  # last: it says that the run is finished
-        (run.folder / f"{name}.tmp").write_bytes(files[name])
-        os.replace(run.folder / f"{name}.tmp", run.folder / name)
+        with writing(run.folder / name) as part:
+            part.write_bytes(files[name])
 
 
 def run_on_ray(runs: list, failed: dict, view, args) -> None:
@@ -83,7 +85,8 @@ def run_on_ray(runs: list, failed: dict, view, args) -> None:
         smaller = "lower --threads, --memory-per-worker or --gpus-per-run"
         raise InputError(f"no node of the Ray cluster has what a run needs, {need}: {smaller}")
     options = {"num_cpus": need["CPU"], "num_gpus": need["GPU"], "memory": need["memory"]}
-    git = subprocess.run(f'git -C "{ROOT}" rev-parse HEAD', shell=True, capture_output=True, text=True)
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     tasks, tries, logs = {}, Counter(), {run: run.lock() for run in runs}  # to the end: no two starts do the same work
 
     def submit(run) -> None:
@@ -109,7 +112,7 @@ def run_on_ray(runs: list, failed: dict, view, args) -> None:
                     submit(run)
                     continue
                 exit_status, peak_memory_gb, files = 1, 0.0, {"log.txt": f"{error}\n".encode()}
-            bring_back(run, files, logs[run], git.stdout.strip())
+            bring_back(run, files, logs[run], commit)
             run.write_resources(peak_memory_gb)
             if exit_status is None:
                 tasks[task] = run

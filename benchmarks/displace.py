@@ -24,63 +24,75 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.files import start, write_text  # noqa: E402
 from benchmarks.film import Args, policy_of, run_folders  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
+from common.evaluation import call, make_envs  # noqa: E402
 from common.machine import set_matmul_precision  # noqa: E402
-from common.run import make_envs, write_text  # noqa: E402
 
 
 def evaluate(
-    policy: Callable, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: list[int], forced: range
+    policy: Callable, envs: list[gym.Env], data: OfflineDataset, seed: list[int], num_episodes: int, forced: range
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """As common.run.evaluate, but at the steps in `forced` actions are uniformly random.
+    """As common.evaluation.evaluate, but at the steps in `forced` actions are uniformly random.
 
-    Returns the returns (num_envs,) and the observations (num_running, obs_dim) of each step that follows.
+    Returns the returns (num_episodes,) and the observations (num_running, obs_dim) of each step that follows.
     """
-    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    returns, running, rng = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool), np.random.default_rng(seed)
-    after = []
-    for step in itertools.count():
-        if step >= forced.stop:
-            after.append(obs[running])
-        if step in forced:
-            action = data.to_env_action(rng.uniform(-1, 1, (envs.num_envs, len(data.action_low))))
-        else:
-            action = policy(obs)
-        obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
-        running &= ~(terminated | truncated)
-        if not running.any():
-            return returns, after
+    seeds, returns = np.random.SeedSequence(seed).generate_state(num_episodes).tolist(), np.zeros(num_episodes)
+    rng, after = np.random.default_rng(seed), []
+    for first in range(0, num_episodes, len(envs)):
+        obs = [call(env, "reset", seed=seed)[0] for env, seed in zip(envs, seeds[first:])]
+        running = list(range(len(obs)))
+        for step in itertools.count():
+            if not running:
+                break
+            if step >= forced.stop:
+                after += [[] for _ in range(step - forced.stop + 1 - len(after))]
+                after[step - forced.stop] += [obs[i] for i in running]
+            if step in forced:
+                action = data.to_env_action(rng.uniform(-1, 1, (len(obs), len(data.action_low))))
+            else:
+                action = policy(np.stack(obs))
+            for i in list(running):
+                obs[i], reward, terminated, truncated, _ = call(envs[i], "step", action[i])
+                returns[first + i] += np.asarray(reward).item()
+                if terminated or truncated:
+                    running.remove(i)
+    return returns, [np.stack(obs) for obs in after]
 
 
-def displace(policy: Callable, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: list[int]) -> list[dict]:
-    """The rows of displaced.csv."""
-    _, undisturbed = evaluate(policy, envs, data, seed, range(0))
-    middle = sum(2 * len(obs) > envs.num_envs for obs in undisturbed) // 2
+def displace(policy: Callable, envs: list[gym.Env], data: OfflineDataset, seed: list[int], num: int) -> list[dict]:
+    """The rows of displaced.csv, from `num` episodes each."""
+    _, undisturbed = evaluate(policy, envs, data, seed, num, range(0))
+    middle = sum(2 * len(obs) > num for obs in undisturbed) // 2
     std, mean = torch.std_mean(data.obs, dim=0)
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constants keep their unit
     logged, rows = (data.obs[:: math.ceil(len(data.obs) / 50_000)] - mean) / std, []
-    for num in (0, 5, 10, 15):
-        returns, after = evaluate(policy, envs, data, seed, range(middle, middle + num))
-        visited = torch.as_tensor(np.concatenate(after[:50] or [np.empty((0, len(std)))]), dtype=torch.float32)
+    for num_forced in (0, 5, 10, 15):
+        returns, after = evaluate(policy, envs, data, seed, num, range(middle, middle + num_forced))
+        visited = torch.as_tensor(data.to_obs(np.concatenate(after[:50] or [np.empty((0, len(std)))])))
         distance = torch.cdist((visited - mean) / std, logged).amin(dim=1).mean().item()
-        row = {"forced_actions": num, "step": middle, "return_mean": returns.mean(), "return_std": returns.std()}
+        row = {"forced_actions": num_forced, "step": middle, "return_mean": returns.mean(), "return_std": returns.std()}
         rows.append(row | {"episodes": len(after[0]) if after else 0, "distance": distance})
     return rows
 
 
 def main(args: Args) -> None:
     for folder in run_folders(args.runs):
-        policy, data, settings = policy_of(folder)
-        set_matmul_precision(settings["matmul_precision"], torch.device("cpu"))  # as in training: the same rounding
-        envs, seed = make_envs(data, settings["eval_episodes"]), [settings["seed"], settings["num_updates"]]
-        rows = displace(policy, envs, data, seed)
-        envs.close()
+        policy, data, settings = policy_of(folder, args.trust)
+        names = ("eval_episodes", "seed", "num_updates")
+        try:
+            num, seed, update = (int(settings[name]) for name in names)
+            set_matmul_precision(settings["matmul_precision"], torch.device("cpu"))  # as in training: the same rounding
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{folder / 'config.json'} lacks a setting, or it is damaged ({error!r})") from None
+        envs = make_envs(data, num)
+        rows = displace(policy, envs, data, [seed, update], num)
+        for env in envs:
+            env.close()
         table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
@@ -92,7 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

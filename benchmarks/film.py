@@ -6,58 +6,83 @@ Run: python benchmarks/film.py runs/my-run
 
 import importlib
 import json
-import pickle
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
 import imageio
 import torch
+import torch.nn as nn
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.files import expand_user, start, writing  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
-from common.run import load_policy  # noqa: E402
+from common.evaluation import load_policy  # noqa: E402
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # nothing is shown: pygame needs no screen
 
 
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs of any script, or folders of them
+    trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 def run_folders(paths: tuple[Path, ...]) -> list[Path]:
     """Those that are, or lie in, one of `paths`. Raises InputError where there are none."""
     folders = [sorted(config.parent for config in path.rglob("config.json")) for path in paths]
-    empty = [str(path) for path, found in zip(paths, folders) if not found]
-    if empty or not paths:
-        raise InputError(f"no run in {', '.join(empty) or 'nothing'}: name folders that hold config.json")
+    if not paths:
+        raise InputError("no run was named: give the folders of runs, which hold config.json")
+    if empty := [str(path) for path, found in zip(paths, folders) if not found]:
+        raise InputError(f"no run in {', '.join(empty)}: name folders that hold config.json")
     return list(dict.fromkeys(sum(folders, [])))
 
 
-def policy_of(folder: Path) -> tuple[Callable, OfflineDataset, dict]:
+def check_trust(folder: Path, names: Iterable[str], trust: bool) -> None:
+    """Raises InputError where one of the `names` in its settings would import a module, and nobody said that it may."""
+    for name in names:
+        if ":" in name and not trust:
+            code = f"{folder} names {name}, code of whoever made that run"
+            raise InputError(f"{code}: give --trust to import {name.rpartition(':')[0]}")
+
+
+def policy_of(folder: Path, trust: bool) -> tuple[Callable, OfflineDataset, dict]:
     """Of a finished run of any script: its policy as load_policy gives it, its data and its settings.
 
-    Raises InputError where the run is not finished, or its data name no environment.
+    Raises InputError where the run is not finished, or its data name no environment; without `trust` where its folder
+    names a module to import.
     """
+    scripts = [path.stem for path in (Path(__file__).resolve().parents[1] / "algos").glob("*.py")]
     try:
         config = json.loads((folder / "config.json").read_text())
+        algo, args = config["algo"], config["args"]
+        dataset, env_id = (str(args[name]) for name in ("dataset", "env_id"))
+        if algo not in scripts:  # only ours are imported
+            raise ValueError(f"there is no algos/{algo}.py")
         kind = torch.load(folder / "policy.pt", map_location="cpu", weights_only=True)["class"]
-        Actor = getattr(importlib.import_module(f"algos.{config['algo']}"), kind)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a folder can be damaged in any way
         raise InputError(f"{folder} is no finished run of a script in algos/ ({error}): finish that run") from None
-    args = config["args"]
-    data = load_dataset(args["dataset"], "cpu", args["env_id"] or None)
+    check_trust(folder, (env_id,), trust)
+    Actor = getattr(importlib.import_module(f"algos.{algo}"), str(kind), None)
+    if not isinstance(Actor, type) or not issubclass(Actor, nn.Module):
+        raise InputError(f"{folder} has a policy of the class {kind}, which algos/{algo}.py has not: train it again")
+    data = load_dataset(dataset, env_id=env_id or None, trust=trust)
     if data.env_spec is None:
-        raise InputError(f"{args['dataset']} names no environment and {folder} was given none: there is none to act in")
+        raise InputError(f"{dataset} names no environment and {folder} was given none: there is none to act in")
     return load_policy(folder, Actor), data, args
 
 
-def film(folder: Path) -> Path:
+def film(folder: Path, trust: bool = False) -> Path:
     """One episode as a gif."""
-    policy, data, _ = policy_of(folder)
+    policy, data, _ = policy_of(folder, trust)
     try:
         env = gym.wrappers.RenderCollection(gym.make(data.env_spec, render_mode="rgb_array"))
         obs, _ = env.reset(seed=0)
@@ -65,21 +90,21 @@ def film(folder: Path) -> Path:
         while not done:
             obs, _, terminated, truncated, _ = env.step(policy(obs))
             done = terminated or truncated
-        imageio.mimsave(folder / "video.gif", env.render()[::2], duration=40, loop=0)
+        # in memory: what imageio begins to write itself it writes again at the end, also where the disk is full
+        gif = imageio.mimsave("<bytes>", env.render()[::2], format="gif", duration=40, loop=0)
         env.close()
     except Exception as error:  # no display, no driver: what it raises depends on the environment
         hint = "without a display try MUJOCO_GL=egl"
         raise InputError(f"{data.env_spec.id} cannot be filmed here ({error}): {hint}") from None
+    with writing(folder / "video.gif") as part:
+        part.write_bytes(gif)
     return folder / "video.gif"
 
 
 def main(args: Args) -> None:
     for folder in run_folders(args.runs):
-        print(film(folder), flush=True)
+        print(film(folder, args.trust), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

@@ -16,6 +16,7 @@ benchmarks/run.py starts and watches the runs, benchmarks/cluster.py does so on 
 """
 
 import contextlib
+import difflib
 import fcntl
 import importlib
 import io
@@ -35,6 +36,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.files import safe, write_text  # noqa: E402
 from common import InputError  # noqa: E402
 from common.run import read_args  # noqa: E402
 
@@ -52,6 +54,10 @@ class Args:
     run_dir: str = "runs"  # where the grid's folder is made
     ray: str = ""  # address of a Ray cluster to run on, see benchmarks/cluster.py; auto: the one of this machine
 
+    def __post_init__(self):
+        # a shell leaves the ~ of --run-dir=~/runs alone
+        self.grid, self.run_dir = (os.path.expanduser(path) for path in (self.grid, self.run_dir))
+
 
 # --- A run ---
 @dataclass(eq=False)
@@ -66,20 +72,24 @@ class Run:
         """What starts the run or goes on with it; `folder` where it is not made in its own place."""
         folder, script = folder or self.folder, os.path.relpath(ROOT / "algos" / f"{self.script}.py")
         begin = [*self.flags, "--num-threads", str(threads), "--run-dir", str(folder.parent), "--run-name", folder.name]
-        resume = ["--resume", str(folder), "--num-threads", str(threads)]
+        resume = ["--resume", str(folder), "--num-threads", str(threads), *["--trust"] * self.trusts()]
         return ["python", script, *(resume if (self.folder / "config.json").is_file() else begin)]
+
+    def trusts(self) -> bool:
+        """Whether a run that goes on may import what its folder names: the same that the grid names, see `state`."""
+        return self.settings["trust"] or any(":" in self.settings.get(name, "") for name in ("env_id", "termination"))
 
     def state(self) -> str:
         """new, begun or finished. Raises InputError when the folder holds a run with other settings."""
         try:
             config = json.loads((self.folder / "config.json").read_text())
             saved = as_json(importlib.import_module(f"algos.{self.script}").Args()) | config["args"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "new"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{self.folder / 'config.json'} is damaged: delete the folder") from None
         for name, value in self.settings.items():
-            if name not in SET_HERE and saved[name] != value:
+            if name not in (*SET_HERE, "trust") and saved[name] != value:
                 found = f"{self.folder} holds a run with {name.replace('_', '-')} {saved[name]}"
                 raise InputError(f"{found}, the grid asks for {value}: choose another --name, or delete the folder")
         complete = (self.folder / "policy.pt").is_file() and self.last_update() == self.settings["num_updates"]
@@ -113,19 +123,19 @@ class Run:
 
     def gpu(self) -> str:
         """The one that its last start was given, whoever started it; empty where it had none."""
-        starts = re.findall(r"\$ (?:CUDA_VISIBLE_DEVICES=(\S+) )?python ", (self.folder / "log.txt").read_text())
+        text = (self.folder / "log.txt").read_text(errors="replace")
+        starts = re.findall(r"\$ (?:CUDA_VISIBLE_DEVICES=(\S+) )?python ", text)
         return starts[-1] if starts else ""
 
     def peak_memory_gb(self) -> float:
         """Of all starts of the run; 0 where it is not known."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((self.folder / "resources.json").read_text())["peak_memory_gb"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads((self.folder / "resources.json").read_text())["peak_memory_gb"])
         return 0.0
 
     def write_resources(self, peak_memory_gb: float) -> None:
-        file, peak = self.folder / "resources.json", max(self.peak_memory_gb(), round(peak_memory_gb, 3))
-        file.with_suffix(".tmp").write_text(json.dumps({"peak_memory_gb": peak}))
-        os.replace(file.with_suffix(".tmp"), file)
+        peak = max(self.peak_memory_gb(), round(peak_memory_gb, 3))
+        write_text(self.folder / "resources.json", json.dumps({"peak_memory_gb": peak}))
 
 
 def start(command: list[str], log: TextIO, threads: int, cwd: str | None = None, gpu: str = "") -> subprocess.Popen:
@@ -194,14 +204,9 @@ def in_name(value) -> str:
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-def safe(text: str) -> str:
-    """`text` as part of a file's name."""
-    return re.sub(r"[^\w.,=+-]+", "-", text).strip("-")
-
-
 def make_runs(name: str, blocks: list[dict], args: Args) -> list[Run]:
     """One run for every cell. Raises InputError for all that a script would refuse and that needs no data to see."""
-    if not isinstance(name, str) or name.startswith(".") or name != safe(name) or not name:
+    if not isinstance(name, str) or name != safe(name) or not name:
         raise InputError(f"{name!r} cannot be a folder's name: use letters, digits, - and _")
     runs = []
     for block in blocks:
@@ -223,9 +228,14 @@ def make_run(cell: dict, named: list[str], folder: Path, on_ray: bool) -> Run:
         raise InputError(f"there is no script algos/{script}.py, only {', '.join(scripts)}")
     module, flags = importlib.import_module(f"algos.{script}"), []
     cell = {"dataset": module.Args.dataset, "seed": module.Args.seed} | cell
+    known = [name.replace("_", "-") for name in module.Args.__dataclass_fields__]
     for key, value in cell.items():
         if key.replace("-", "_") in SET_HERE:
             raise InputError(f"{key} cannot be set in a grid: it follows from the grid's name, its axes and --threads")
+        if key.replace("_", "-") not in known:
+            like = " or ".join(difflib.get_close_matches(key.replace("_", "-"), known))
+            hint = f"did you mean {like}?" if like else f"python algos/{script}.py --help shows those that it has"
+            raise InputError(f"algos/{script}.py has no setting {key}: {hint}")
         if not isinstance(value, str | int | float):
             kinds = "a number, a text (several numbers are one: '64 64'), true or false, or a list of those"
             raise InputError(f"{key} cannot be {value!r}: give {kinds}")
@@ -251,7 +261,12 @@ def read_settings(module, flags: list[str]) -> dict:
     try:
         with nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(said):
             return as_json(read_args(module.Args, module.TUNED))
-    except SystemExit:  # tyro has drawn a box: a title, what is wrong, a rule, help
+    except SystemExit as end:  # tyro has drawn a box: a title, what is wrong, a rule, help
+        if not end.code:
+            asked = next((word for word in flags if word.startswith(("-h", "--help", "--tyro"))), "a setting")
+            raise InputError(
+                f"algos/{Path(module.__file__).name}: {asked} makes it end without a run: take it out"
+            ) from None
         lines = itertools.takewhile(lambda line: "│ ──" not in line, said.getvalue().splitlines()[1:])
         reason = " ".join(line.strip("│ ") for line in lines).rstrip(".")
         raise InputError(f"algos/{Path(module.__file__).name}: {reason}") from None

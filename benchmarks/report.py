@@ -2,6 +2,8 @@
 
 The score of a run is the mean of its last evaluations (--score-evals of the run), never its best. What is said over
 several datasets follows Agarwal et al. 2021 (arXiv:2108.13264); their package rliable would bring 300 MB of others.
+All that is read are the files of run folders: no environment is made, no data are opened and nothing that a folder
+names is imported. A folder or csv that is damaged is left out, with a line that says why; the exit status is then 1.
 Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-report    a report of its own
      python benchmarks/report.py runs/demo    added to the results that are kept here, and to the README's table
      python benchmarks/report.py --compare mopo "mopo penalty-coef=0"    two methods of the report, printed
@@ -9,10 +11,10 @@ Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-rep
 
 import csv
 import hashlib
-import importlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -28,17 +30,18 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False  # a dollar in a name is one
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.grid import as_json  # noqa: E402
+from benchmarks.files import expand_user, one_line, safe, start, write_text, writing  # noqa: E402
 from common import InputError  # noqa: E402
-from common.dataset import load_dataset  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
 NO_SETTINGS = {  # what seeds of one cell may differ in
     "seed", "dataset", "run_dir", "run_name", "resume", "num_threads", "device", "dynamics", "compile",
-    "checkpoint_interval",
+    "checkpoint_interval", "trust",
 }  # fmt: skip
 MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
 COMPARED = [  # methods that a grid was made to compare, and on which datasets
@@ -47,7 +50,11 @@ COMPARED = [  # methods that a grid was made to compare, and on which datasets
         ("halfcheetah/medium-replay-v0", "hopper/medium-replay-v0", "hopper/medium-v0", "walker2d/medium-replay-v0"),
     ),
 ]
+FORCED = [0, 5, 10, 15]  # actions, the rows of displaced.csv
 DISPLACED = ("forced_actions", "step", "return_mean", "episodes", "distance")
+COLUMNS = ("update", "seconds", "updates_per_second", "return_mean", "normalised_score")  # of progress.csv
+TEXTS = ("command", "hardware", "commit", "algo", "data_hash", "dataset", "variant")
+WHOLE = {"seed": 0, "num_updates": 1, "score_evals": 1}  # numbers, and the least that they can be
 DATA_FILES = (".hdf5", ".h5", ".npz")
 LEGEND = """\
 - **score**: mean of a run's last evaluations (**last** says of how many), normalised as in D4RL (0 = random policy,
@@ -79,9 +86,12 @@ class Args:
     out: Path = RESULTS / "runs"  # where the csv files of runs are
     out_dir: Path = RESULTS  # where report and figures are written
     readme: Path | None = None  # whose table of scores to replace; README.md where the two above are left alone
-    partial: bool = False  # take runs that are not finished, too
+    partial: bool = False  # take runs that are not finished, too: what they reached is averaged with the others
     compare: tuple[str, str] | None = None  # two methods by their names in the report: print what lies between them
     datasets: tuple[str, ...] = ()  # to compare them on; by default all that both were run on
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 @dataclass
@@ -96,7 +106,8 @@ class Run:
         last, data_return = slice(-self.about["score_evals"], None), np.float64(self.about["behaviour"])
         low, high = self.about["ref_scores"] or (np.nan, np.nan)
         facts = {"score": scores[last].mean(), "return": returns[last].mean()}
-        facts |= {"best_score": scores.max(), "best_return": returns.max()}
+        # fmax: an evaluation that failed is nan
+        facts |= {"best_score": np.fmax.reduce(scores), "best_return": np.fmax.reduce(returns)}
         facts |= {"data_score": 100 * (data_return - low) / (high - low), "data_return": data_return}
         facts |= {"minutes": self.columns["seconds"][-1] / 60}
         facts |= {"updates_per_second": np.median(self.columns["updates_per_second"])}
@@ -104,53 +115,159 @@ class Run:
 
 
 # --- Import: run folder -> csv ---
-def read_rows(lines: Iterable[str]) -> dict[str, np.ndarray]:
-    rows = list(csv.DictReader(lines))
-    return {name: np.array([float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is no text") from None
+
+
+def read_rows(file: str, lines: Iterable[str]) -> dict[str, np.ndarray]:
+    header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    for i, row in enumerate(rows, start=1):
+        if len(row) != len(header):
+            raise ValueError(f"{file} has {len(row)} values in row {i}, and {len(header)} columns")
+    try:
+        return {name: np.array(column, dtype=float) for name, column in zip(header, zip(*rows))}
+    except ValueError as error:
+        raise ValueError(f"{file} holds what is no number ({error})") from None
+
+
+def read_json(file: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is no JSON of names and values")
+    return value
 
 
 def variant_of(folder: Path, algo: str, seed: int) -> str:
     """Of <dataset>__<algo>__<variant>__<seed>, as a grid names its runs; other names tell no variant."""
-    name = re.search(rf"__{algo}__(?:(.*)__)?{seed}$", folder.resolve().name)
+    name = re.search(rf"__{re.escape(algo)}__(?:(.*)__)?{seed}$", folder.resolve().name, re.DOTALL)
     return (name and name[1]) or ""
 
 
+def refuse(name: str, value, right: str) -> None:
+    raise ValueError(f"{name} is {json.dumps(value)[:60]} and must be {right}")
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # not inf, not nan, no int beyond a float
+
+
+def check(about: dict, columns: dict[str, np.ndarray]) -> None:
+    """Raises ValueError, which says what is wrong, where this is not what a run leaves."""
+    wrong = {name: "a text" for name in TEXTS if type(about[name]) is not str}
+    wrong |= {name: "a text" for name in ("dataset", "algo") if about[name] == ""}
+    for name, least in WHOLE.items():
+        if type(about[name]) is not int or not least <= about[name] < 1e15:
+            wrong[name] = f"a whole number, {least} or more"
+    for name in ("behaviour", "peak_memory_gb"):
+        if about[name] is not None and not is_number(about[name]):
+            wrong[name] = "a number"
+    if (ref := about["ref_scores"]) is not None:
+        if not isinstance(ref, list) or len(ref) != 2 or not all(map(is_number, ref)) or ref[0] == ref[1]:
+            wrong["ref_scores"] = "two different numbers"
+    settings = about.get("settings", {})  # older ones tell none
+    if not isinstance(settings, dict) or settings.get("hidden_layers", 1) not in range(100):
+        wrong["settings"] = "those of a script"
+    displaced = about.get("displaced", dict.fromkeys(DISPLACED, FORCED))
+    if displaced["forced_actions"] != FORCED or np.array([displaced[n] for n in DISPLACED], float).shape != (5, 4):
+        wrong["displaced"] = "what benchmarks/displace.py measures"
+    for name, right in wrong.items():
+        refuse(name, about[name], right)
+    if len(os.fsencode(csv_path(Path(), about).name)) > 200:
+        raise ValueError("dataset, script, variant and seed make the name of a file too long")
+    if missing := [name for name in COLUMNS if columns and name not in columns]:
+        raise ValueError(f"the evaluations lack {', '.join(missing)}")
+    updates = columns.get("update", np.ones(1))
+    if not (np.diff(updates, prepend=0) > 0).all() or updates[-1] > 1e15:
+        raise ValueError("the evaluations' updates do not grow from one to the next")
+
+
+def why_unscored(run: Run) -> str:
+    """Why a run that was evaluated has no score; empty where it has one."""
+    updates, returns = run.columns["update"], run.columns["return_mean"]
+    if not np.isfinite(returns).any():
+        return "was not evaluated in an environment"
+    failed = updates[-run.about["score_evals"] :][~np.isfinite(returns[-run.about["score_evals"] :])]
+    which = ", ".join(f"{update:,.0f}" for update in failed)
+    return f"has no score: of its last evaluations those at update {which} failed" if which else ""
+
+
 def read_folder(folder: Path) -> Run:
-    """A run as it left its folder; one that was stopped before its first evaluation has no columns."""
+    """A run as it left its folder; one that was stopped before its first evaluation has no columns.
+
+    Raises InputError, which says what is wrong, where the folder is damaged.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        progress, resources, args = folder / "progress.csv", folder / "resources.json", config["args"]
-        columns = read_rows(progress.read_text().splitlines()) if progress.exists() else {}
+        config = read_json("config.json", text_of(folder / "config.json"))
+        progress, resources = folder / "progress.csv", folder / "resources.json"
+        columns = read_rows(progress.name, text_of(progress).splitlines()) if progress.exists() else {}
+        if not isinstance(args := config["args"], dict) or not isinstance(args["dataset"], str):
+            raise ValueError("config.json does not tell the settings of a script")
+        for name in ("algo", "command"):
+            if type(config[name]) is not str:
+                refuse(name, config[name], "a text")
         about = {"command": public_command(config), "hardware": config.get("hardware", "unknown")}
         about |= {what: config[what] for what in ("commit", "versions", "python", "algo", "data_hash")}
         about |= {"dataset": without_folder(args["dataset"])}
         about |= {"variant": variant_of(folder, config["algo"], args["seed"])}
         about |= {what: args[what] for what in ("seed", "num_updates", "score_evals")}
         about["settings"] = {name: value for name, value in args.items() if name not in NO_SETTINGS}
-        memory = json.loads(resources.read_text())["peak_memory_gb"] if resources.exists() else None
         if (displaced := folder / "displaced.csv").exists():
-            rows = read_rows(displaced.read_text().splitlines())
+            rows = read_rows(displaced.name, text_of(displaced).splitlines())
             about["displaced"] = {name: [float(f"{v:.6g}") for v in rows[name]] for name in DISPLACED}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no readable run ({error!r}): remove it, or run it again") from None
-    data = load_data(args["dataset"], args.get("env_id") or None)
-    if data and data[0] != about["data_hash"]:
-        print(f"note: {args['dataset']} is not what {folder} was run on: its mean is left out", file=sys.stderr)
-        data = None
-    about["behaviour"] = float(f"{data[1]:.6g}") if data else None
-    about["ref_scores"] = data[2] if data else None
-    return Run(folder, about | {"peak_memory_gb": memory}, columns)
+        about |= {"env": config["env"]} if "env" in config else {}  # older ones do not tell it, nor the next two
+        behaviour = config.get("behaviour_return")
+        about["behaviour"] = float(f"{behaviour:.6g}") if is_number(behaviour) else behaviour
+        about["ref_scores"] = config.get("ref_scores")
+        memory = read_json(resources.name, text_of(resources)) if resources.exists() else {"peak_memory_gb": None}
+        run = Run(folder, about | {"peak_memory_gb": memory["peak_memory_gb"]}, columns)
+        check(run.about, columns)
+        return run
+    except Exception as error:  # a folder can be damaged in any way
+        raise InputError(reason(error)) from None
 
 
-@cache
-def load_data(name: str, env_id: str | None) -> tuple[str, float, tuple | None] | None:
-    """Hash, mean return and reference scores; the rows themselves may be gigabytes."""
-    try:
-        data = load_dataset(name, "cpu", env_id)
-        return data.data_hash, float(data.episode_returns.mean()), data.ref_scores
-    except InputError as error:
-        print(f"note: the mean of {name} is left out ({error})", file=sys.stderr)
-        return None
+def reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{Path(error.filename or '').name} cannot be read ({error.strerror})"
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return str(error)
+
+
+def whole(paths: Iterable[Path], read: Callable[[Path], Run], damaged: set[Path]) -> dict[Path, Run]:
+    """What could be read; of each of the others a line says why not, once."""
+    runs = {}
+    for path in paths:
+        try:
+            runs[path] = read(path)
+        except InputError as error:
+            if path not in damaged:
+                leave_out(f"{path}: {error}")
+            damaged.add(path)
+    return runs
+
+
+def leave_out(what: str) -> None:
+    print(one_line(f"left out: {what}"), file=sys.stderr)
+
+
+def tell_mean(run: Run, known: dict) -> None:
+    """Older run folders do not tell their data's mean and reference scores: those of csv files with the same data."""
+    about = run.about
+    about["behaviour"], about["ref_scores"] = known.get(same_data(run), (None, None))
+    if about["behaviour"] is None:
+        unknown = f"note: the data's mean return is unknown to {run.path}, which was made before runs told it"
+        print(one_line(unknown), file=sys.stderr)
+
+
+def same_data(run: Run) -> tuple[str, str]:
+    return run.about["data_hash"], run.about.get("settings", {}).get("env_id", "")
 
 
 def without_folder(text: str) -> str:
@@ -161,19 +278,23 @@ def without_folder(text: str) -> str:
 def public_command(config: dict) -> str:
     """The run's command without what only one machine knows: where runs are kept, the folders of files.
 
-    A resumed run was told its settings by its folder: those that are no defaults are put in.
+    What was changed when the run went on is put in; older folders kept the last command alone, and there all settings.
     """
-    flags = list(itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(config["command"])))[1:]
-    if any(flag.startswith("--resume") for flag in flags):
-        module, flags = importlib.import_module(f"algos.{config['algo']}"), []
-        defaults, tuned = as_json(module.Args()), {name for settings in module.TUNED.values() for name in settings}
-        for name, value in config["args"].items():
-            if value != defaults.get(name) or name in tuned:
-                flag = name.replace("_", "-")
-                if type(value) is list:
-                    flags += [f"--{flag}", *map(str, value)]
-                else:
-                    flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
+    try:
+        words = shlex.split(config["command"])
+    except ValueError as error:
+        raise ValueError(f"command is not one that a shell would take ({error})") from None
+    flags = list(itertools.dropwhile(lambda word: not word.endswith(".py"), words))[1:]
+    forgotten = any(flag.startswith("--resume") for flag in flags)
+    flags = [] if forgotten else flags
+    changed = {name for resumed in config.get("resumed", ()) for name in resumed["changed"]}
+    for name, value in config["args"].items():
+        if forgotten or (name in changed and name not in NO_SETTINGS):
+            flag = name.replace("_", "-")
+            if type(value) is list:
+                flags += [f"--{flag}", *map(str, value)]
+            elif value != "":
+                flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
     public, flags = ["python", f"algos/{config['algo']}.py"], iter(flags)
     for flag in flags:
         name, equals, value = flag.partition("=") if flag.startswith("--") else ("", "", flag)
@@ -189,7 +310,8 @@ def in_common(run: Run) -> dict:
     settings = dict(run.about.get("settings", {}))  # older ones tell none
     if "hidden_layers" in settings:  # of 256 units, recorded before there were --hidden-sizes
         settings["hidden_sizes"] = [256] * settings.pop("hidden_layers")
-    return {name: run.about[name] for name in ("data_hash", "num_updates", "score_evals")} | settings
+    names = ("data_hash", "num_updates", "score_evals", *("env",) * ("env" in run.about))
+    return {name: run.about[name] for name in names} | settings
 
 
 def differences(one: Run, other: Run) -> list[str]:
@@ -208,35 +330,39 @@ def continues(run: Run, kept: Run) -> bool:
     )
 
 
-def csv_path(folder: Path, run: Run) -> Path:
-    dataset, algo, variant, seed = (run.about[name] for name in ("dataset", "algo", "variant", "seed"))
-    return folder / f"{'__'.join(filter(None, (dataset.replace('/', '-'), algo, variant, str(seed))))}.csv"
+def csv_path(folder: Path, about: dict) -> Path:
+    parts = (safe(str(about[name])) for name in ("dataset", "algo", "variant", "seed"))
+    return folder / f"{'__'.join(filter(None, parts))}.csv"
 
 
 def write_csv(path: Path, run: Run) -> None:
     """Every evaluation, under a first line that tells how the run was made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = [[f"{v:.0f}" if name == "update" else f"{v:.6g}" for v in run.columns[name]] for name in run.columns]
     lines = [f"# {json.dumps(run.about)}", ",".join(run.columns), *(",".join(row) for row in zip(*columns))]
-    path.write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
-def import_runs(args: Args) -> None:
+def import_runs(args: Args, damaged: set[Path]) -> None:
     """Raises InputError, before anything is written, rather than replace another run or spoil a cell."""
     folders = {path: sorted(config.parent for config in path.rglob("config.json")) for path in args.runs}
     if empty := [str(path) for path, found in folders.items() if not found]:
         raise InputError(f"no run folder in {', '.join(empty)}: one holds config.json and progress.csv")
-    kept, new = {path: read_csv(path) for path in args.out.glob("*.csv")}, {}
-    for folder in dict.fromkeys(itertools.chain(*folders.values())):
-        run = read_folder(folder)
+    new, kept = {}, whole(sorted(args.out.glob("*.csv")), read_csv, damaged)
+    runs = whole(dict.fromkeys(itertools.chain(*folders.values())), read_folder, damaged)
+    if older := [run for run in runs.values() if "env" not in run.about]:
+        committed = kept if args.out == Args.out else whole(sorted(Args.out.glob("*.csv")), read_csv, damaged)
+        told = [run for run in (committed | kept).values() if run.about["behaviour"] is not None]
+        known = {same_data(run): (run.about["behaviour"], run.about["ref_scores"]) for run in told}
+        for run in older:
+            tell_mean(run, known)
+    for folder, run in runs.items():
         done, total = run.columns["update"][-1] if run.columns else 0, run.about["num_updates"]
         if not done or (done < total and not args.partial):
-            so_far = f"{folder} was evaluated up to update {done:,.0f} of {total:,}"
-            print(f"left out: {so_far}: resume it, or give --partial", file=sys.stderr)
-        elif not np.isfinite(run.columns["return_mean"]).all():
-            print(f"left out: {folder} was not evaluated in an environment", file=sys.stderr)
+            leave_out(f"{folder} was evaluated up to update {done:,.0f} of {total:,}: resume it, or give --partial")
+        elif why := why_unscored(run):
+            leave_out(f"{folder} {why}")
         else:
-            path = csv_path(args.out, run)
+            path = csv_path(args.out, run.about)
             if path in new:
                 raise InputError(f"{new[path].path} and {folder} are the same seed of the same cell: give one of them")
             if path in kept:
@@ -248,6 +374,7 @@ def import_runs(args: Args) -> None:
     seeds_by_cell((kept | new).values())
     for path, run in new.items():
         write_csv(path, run)
+        damaged.discard(path)
         print(f"{run.path} -> {path}")
 
 
@@ -283,13 +410,19 @@ class Cell:
 
 
 def read_csv(path: Path) -> Run:
+    """Raises InputError, which says what is wrong, where the file is damaged."""
     try:
         with open(path, newline="") as file:
-            run = Run(path, json.loads(file.readline().removeprefix("# ")), read_rows(file))
-        run.facts(), [run.about[name] for name in ("dataset", "algo", "variant", "seed", "num_updates", "data_hash")]
+            first = file.readline()
+            if not first.startswith("# "):
+                raise ValueError("it is no csv of a run: import its run folder again")
+            run = Run(path, read_json("its first line", first.removeprefix("# ")), read_rows("it", file))
+        check(run.about, run.columns)
+        if not run.columns or (why := why_unscored(run)):
+            raise ValueError(why if run.columns else "it has no evaluation")
         return run
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no csv of a run ({error!r}): import its run folder again") from None
+    except Exception as error:  # a file can be damaged in any way
+        raise InputError(reason(error)) from None
 
 
 def seeds_by_cell(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
@@ -305,8 +438,8 @@ def seeds_by_cell(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
     return cells
 
 
-def read_cells(folder: Path) -> list[Cell]:
-    cells = seeds_by_cell(map(read_csv, sorted(folder.glob("*.csv"))))
+def read_cells(folder: Path, damaged: set[Path]) -> list[Cell]:
+    cells = seeds_by_cell(whole(sorted(folder.glob("*.csv")), read_csv, damaged).values())
     if not cells:
         raise InputError(f"no csv of a run in {folder}: give run folders to import")
     facts = {key: [run.facts() for run in runs] for key, runs in cells.items()}
@@ -387,7 +520,8 @@ def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None, "Source": source})
+    with writing(path) as part:
+        figure.savefig(part, dpi=110, format="png", metadata={"Software": None, "Source": source})
     plt.close(figure)
 
 
@@ -401,13 +535,13 @@ def draw_curves(path: Path, cells: list[Cell], styles: dict[str, dict]) -> None:
             x = np.median([run.columns[column][:num] for run in cell.runs], axis=0)
             returns = np.array([run.columns["return_mean"][:num] for run in cell.runs])  # (seeds, evaluations)
             axis.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(x, returns.mean(axis=0), **style, label=f"{cell.method} ({len(cell.runs)})")
+            axis.plot(x, returns.mean(axis=0), **style, label=f"{one_line(cell.method)} ({len(cell.runs)})")
         if behaviour is not None:
             axis.axhline(behaviour, color="black", linestyle="--", label="the data's mean")
         axis.set(xlabel=label, xlim=(0, None))
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("return in the real environment")
-    figure.suptitle(f"{cells[0].dataset}: mean and range of seeds (their number)", fontsize="medium")
+    figure.suptitle(f"{one_line(cells[0].dataset)}: mean and range of seeds (their number)", fontsize="medium")
     finish(figure, path, cells)
 
 
@@ -423,17 +557,18 @@ def draw_scores(path: Path, cells: list[Cell]) -> None:
         axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=color, linewidth=2)
     if np.isfinite(data := cells[0].facts[f"data_{key}"].mean()):
         axis.axvline(data, color="black", linestyle="--", label="the data's mean")
-    axis.set_yticks(range(len(cells)), [f"{cell.method} ({len(cell.runs)})" for cell in cells])
+    axis.set_yticks(range(len(cells)), [f"{one_line(cell.method)} ({len(cell.runs)})" for cell in cells])
     axis.set_xlabel(label)
-    figure.suptitle(f"{cells[0].dataset}: seeds (their number) and their mean", fontsize="medium")
+    figure.suptitle(f"{one_line(cells[0].dataset)}: seeds (their number) and their mean", fontsize="medium")
     axis.grid(axis="x", alpha=0.3)
     finish(figure, path, cells)
 
 
 @cache
 def has_model(algo: str) -> bool:
-    """Whether the script fits an ensemble."""
-    return "dynamics" in importlib.import_module(f"algos.{algo}").Args.__dataclass_fields__
+    """Whether the script fits an ensemble; read, never imported. One that is not here does not."""
+    scripts = {path.stem: path for path in (ROOT / "algos").glob("*.py")}
+    return algo in scripts and "\n    dynamics: " in scripts[algo].read_text()
 
 
 def draw_profiles(path: Path, cells: list[Cell], groups: list, styles: dict[str, dict]) -> None:
@@ -446,9 +581,9 @@ def draw_profiles(path: Path, cells: list[Cell], groups: list, styles: dict[str,
         for method, scores in methods.items():
             low, high = interval(lambda s: profile(s, thresholds), scores)
             axis.fill_between(thresholds, low, high, color=styles[method]["color"], alpha=0.2, linewidth=0)
-            axis.plot(thresholds, profile(scores, thresholds), **styles[method], label=method)
+            axis.plot(thresholds, profile(scores, thresholds), **styles[method], label=one_line(method))
         axis.set_xlabel("normalised score")
-        axis.set_title("\n".join(names), fontsize="small")
+        axis.set_title("\n".join(map(one_line, names)), fontsize="small")
     axes[0, 0].set_ylabel("share of runs above it")
     finish(figure, path, cells)
 
@@ -468,8 +603,17 @@ def with_interval(function: Callable, scores: list[np.ndarray], digits: int) -> 
     return number(function(scores), digits) + (f" [{low}, {high}]" if min(map(len, scores)) > 1 else "")
 
 
-def table(header: str, rows: list[list]) -> str:
-    names = header.split(", ")
+def escape(text: str) -> str:
+    """A name as text of a table's cell, in which nothing is markup."""
+    return re.sub(r"[|<>&`*\\\[\]$~#@]", lambda found: f"&#{ord(found[0])};", one_line(text))
+
+
+def code(text: str) -> str:
+    return f"<code>{escape(text)}</code>" if re.search(r"[`|\\<]", text) else f"`{one_line(text)}`"
+
+
+def table(header: str | list[str], rows: list[list]) -> str:
+    names = header.split(", ") if isinstance(header, str) else header
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [names, ["---"] * len(names), *rows])
 
 
@@ -477,7 +621,7 @@ def score_table(cells: list[Cell]) -> str:
     rows = []
     for cell in cells:
         mean = {name: number(values.mean()) for name, values in cell.facts.items()}
-        row = [cell.dataset, cell.method, len(cell.runs), cell.updates, cell.score_evals]
+        row = [escape(cell.dataset), escape(cell.method), len(cell.runs), cell.updates, cell.score_evals]
         row += [mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
         row += [f"{mean[f'{what}_score']} ({mean[f'{what}_return']})" for what in ("best", "data")]
         row += [mean["minutes"], number(cell.facts["updates_per_second"].mean(), 0)]
@@ -493,22 +637,23 @@ def displacement_table(cells: list[Cell]) -> str:
         if measured:
             # (num_seeds, number of forced actions)
             columns = {name: np.array([one[name] for one in measured], dtype=float) for name in DISPLACED}
-            row = [cell.dataset, cell.method, len(measured), number(columns["step"][:, 0].mean(), 0)]
+            row = [escape(cell.dataset), escape(cell.method), len(measured), number(columns["step"][:, 0].mean(), 0)]
             row += map(number, columns["episodes"].mean(axis=0)[[0, -1]])
             row += map(number, columns["return_mean"].mean(axis=0))
             distance = [d[np.isfinite(d)] for d in columns["distance"].T]  # of the seeds that got there
             rows.append(row + [number(d.mean() if len(d) else np.nan, 2) for d in distance])
-    names = [f"{what} {num}" for what in ("return", "distance") for num in (0, 5, 10, 15)]
+    names = [f"{what} {num}" for what in ("return", "distance") for num in FORCED]
     return table(f"dataset, method, seeds, step, episodes 0, episodes 15, {', '.join(names)}", rows) if rows else ""
 
 
 def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
+    methods = {escape(method): scores for method, scores in methods.items()}
     rows = [[m, " + ".join(str(len(s)) for s in scores), scores] for m, scores in methods.items()]
     rows = [[method, num_runs, with_interval(interquartile_mean, scores, 1)] for method, num_runs, scores in rows]
-    text = f"### {', '.join(names)}\n\n{table('method, runs, IQM', rows)}\n"
+    text = f"### {', '.join(map(escape, names))}\n\n{table('method, runs, IQM', rows)}\n"
     if len(methods) > MOST_PAIRED:
         matrix = [[a, *(number(float(first_better(methods[a] + methods[b])), 2) for b in methods)] for a in methods]
-        return f"{text}\nP(method of the row > method of the column):\n\n{table(', '.join(['', *methods]), matrix)}\n"
+        return f"{text}\nP(method of the row > method of the column):\n\n{table(['', *methods], matrix)}\n"
     pairs = [
         [a, b, with_interval(first_better, methods[a] + methods[b], 2)] for a, b in itertools.combinations(methods, 2)
     ]
@@ -525,13 +670,13 @@ def paired(cells: list[Cell], methods: tuple[str, str], datasets: Iterable[str] 
 def comparison(pairs: list[tuple[Cell, Cell]]) -> str:
     rows, scores = [], [[cell.facts["score"] for cell in pair] for pair in pairs]
     for (cell, _), both in zip(pairs, scores):
-        rows.append([cell.protocol, *(f"{mean_sd(s)} ({len(s)})" for s in both), both])
+        rows.append([escape(cell.protocol), *(f"{mean_sd(s)} ({len(s)})" for s in both), both])
     firsts, seconds = map(list, zip(*scores))
     means = [number(float(np.mean([s.mean() for s in column]))) for column in (firsts, seconds)]
     rows.append([f"mean of {len(pairs)}", *means, firsts + seconds])
     rows = [[*row, with_interval(difference, both, 1), with_interval(first_better, both, 2)] for *row, both in rows]
-    names = [cell.method.replace(",", " ") for cell in pairs[0]]  # a comma would end the column
-    return table(f"dataset, {', '.join(names)}, difference, P(first > second)", rows)
+    methods = [escape(cell.method) for cell in pairs[0]]
+    return table(["dataset", *methods, "difference", "P(first > second)"], rows)
 
 
 def origin_table(cells: list[Cell]) -> str:
@@ -540,8 +685,8 @@ def origin_table(cells: list[Cell]) -> str:
         about = [run.about for run in cell.runs]
         scores = ", ".join(f"{a['seed']}: {number(score)}" for a, score in zip(about, cell.facts["score"]))
         commits, hardware = dict.fromkeys(a["commit"][:7] for a in about), dict.fromkeys(a["hardware"] for a in about)
-        row = [cell.dataset, cell.method, scores, f"`{about[0]['command']}`", ", ".join(commits), "; ".join(hardware)]
-        rows.append(row)
+        row = [escape(cell.dataset), escape(cell.method), scores, code(about[0]["command"])]
+        rows.append([*row, escape(", ".join(commits)), escape("; ".join(hardware))])
     return table("dataset, method, score by seed, command of the first, commit, hardware", rows)
 
 
@@ -567,10 +712,10 @@ def published_tables() -> str:
 def report(cells: list[Cell], groups: list, figures: dict[str, str]) -> str:
     profiles = "Share of runs above a score, with 95 % intervals:\n\n![Performance profiles](profile.png)"
     over_datasets = [*(overall_tables(*group) for group in groups), profiles] if groups else ["No normalised scores."]
-    images = [f"![Return on {dataset}](curves-{name})\n" for dataset, name in figures.items()]
+    images = [f"![Return on {escape(dataset)}](curves-{name})\n" for dataset, name in figures.items()]
     compared = [f"{comparison(pairs)}\n" for question in COMPARED if (pairs := paired(cells, *question))]
     displaced = [f"## Displaced\n\n{DISPLACEMENT}\n{text}\n"] if (text := displacement_table(cells)) else []
-    dots = [f"![Scores on {dataset}](scores-{name})\n" for dataset, name in figures.items()]
+    dots = [f"![Scores on {escape(dataset)}](scores-{name})\n" for dataset, name in figures.items()]
     return "\n".join(
         [
             "# Scores\n\nWritten by `python benchmarks/report.py` from the csv files of the runs.\n",
@@ -609,28 +754,43 @@ def readme_table(cells: list[Cell]) -> str:
     for cell in sorted(cells, key=lambda cell: (cell.dataset, cell.algo, cell.variant.count("="), cell.variant)):
         shown.setdefault((cell.algo, cell.dataset), cell)
     for cell in shown.values():
-        name = f"[{cell.algo}.py](algos/{cell.algo}.py)" + f" {cell.variant}" * bool(cell.variant)
+        name = f"[{escape(cell.algo)}.py](algos/{safe(cell.algo)}.py)" + f" {escape(cell.variant)}" * bool(cell.variant)
         score, returns = mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"], 0)
-        row = [cell.dataset, name, cell.updates, f"{score} ({len(cell.runs)})"]
+        row = [escape(cell.dataset), name, cell.updates, f"{score} ({len(cell.runs)})"]
         rows.append([*row, returns, number(cell.facts["data_return"].mean(), 0)])
     return table("dataset, script, updates, score (seeds), return, the data's mean return", rows)
 
 
-def replace_table(path: Path, text: str) -> None:
+def with_table(path: Path, text: str) -> str:
+    """What the file is with `text` as its table."""
     try:
-        before, rest = path.read_text().split("<!-- scores -->")
+        before, rest = path.read_text(encoding="utf-8").split("<!-- scores -->")
         after = rest.split("<!-- /scores -->")[1]
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{path} lacks the lines <!-- scores --> and <!-- /scores --> ({error}): add them") from None
-    path.write_text(f"{before}<!-- scores -->\n\n{text}\n\n<!-- /scores -->{after}")
+    return f"{before}<!-- scores -->\n\n{text}\n\n<!-- /scores -->{after}"
 
 
-def main(args: Args) -> None:
+def figure_names(cells: list[Cell]) -> dict[str, str]:
+    """Dataset -> the end of its figures' names, each another one."""
+    names = {}
+    for cell in cells:
+        if cell.dataset not in names:
+            name = safe(cell.dataset)
+            while f"{name}.png" in names.values():
+                name += "-2"
+            names[cell.dataset] = f"{name}.png"
+    return names
+
+
+def main(args: Args) -> int:
+    """Exit status: 1 where something is damaged and was left out."""
     if args.datasets and not args.compare:
         raise InputError("--datasets narrows --compare: the report has all of them")
+    damaged = set()
     if args.runs:
-        import_runs(args)
-    cells = read_cells(args.out)
+        import_runs(args, damaged)
+    cells = read_cells(args.out, damaged)
     if args.compare:
         pairs = paired(cells, args.compare, args.datasets)
         if missing := set(args.datasets) - {cell.dataset for cell, _ in pairs} or not pairs:
@@ -639,14 +799,16 @@ def main(args: Args) -> None:
             nothing = f"no scores of both {args.compare[0]} and {args.compare[1]} after the same updates on {where}"
             raise InputError(f"{nothing}: the methods are {known}")
         print(comparison(pairs))
-        return
+        return int(bool(damaged))
     groups = comparable(cells)
     styles = {
         method: {"color": plt.get_cmap("tab20")(i % 20), "linestyle": ("-", "--", ":")[i // 20 % 3]}
         for i, method in enumerate(sorted({cell.method for cell in cells}))
     }
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    figures = {cell.dataset: f"{cell.dataset.replace('/', '-')}.png" for cell in cells}
+    ours = (args.out, args.out_dir) == (Args.out, Args.out_dir)
+    readme = args.readme or (ROOT / "README.md" if ours else None)
+    new_readme = with_table(readme, readme_table(cells)) if readme else ""  # before anything is written
+    figures = figure_names(cells)
     for dataset, name in figures.items():
         here = [cell for cell in cells if cell.dataset == dataset]
         # more than ten lines cannot be told apart: those with a setting changed go first
@@ -655,16 +817,13 @@ def main(args: Args) -> None:
         draw_curves(args.out_dir / f"curves-{name}", here, styles)
     if groups:
         draw_profiles(args.out_dir / "profile.png", cells, groups, styles)
-    (args.out_dir / "report.csv").write_text(report_csv(cells))
-    (args.out_dir / "report.md").write_text(report(cells, groups, figures))
-    ours = (args.out, args.out_dir) == (Args.out, Args.out_dir)
-    if readme := args.readme or (ROOT / "README.md" if ours else None):
-        replace_table(readme, readme_table(cells))
+    write_text(args.out_dir / "report.csv", report_csv(cells))
+    write_text(args.out_dir / "report.md", report(cells, groups, figures))
+    if readme:
+        write_text(readme, new_readme)
     print(f"{score_table(cells)}\n\n{args.out_dir / 'report.md'}")
+    return int(bool(damaged))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

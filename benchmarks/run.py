@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import grid  # noqa: E402
+from benchmarks import files, grid  # noqa: E402
 from benchmarks.grid import Run, make_runs, read_grid, start, state_now  # noqa: E402
 from common import InputError  # noqa: E402
 
@@ -162,7 +161,9 @@ def summarise(runs: list[Run], failed: dict[Run, int], threads: int) -> None:
     """The failed runs with the last lines that they printed, and what came out."""
     num_finished = sum(state_now(run, failed) == "finished" for run in runs)
     for run, status in failed.items():
-        lines = [line for line in (run.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        log = run.folder / "log.txt"
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else ["its folder is gone"]
+        lines = [line for line in lines if line.strip()]
         reason = f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
         print(f"failed      {run.folder.name}, {reason}", *(f"    {line}" for line in lines[-5:]), sep="\n")
         print(f"    $ {shlex.join(run.command(threads))}")
@@ -200,7 +201,11 @@ def main(args: Args) -> int:
         (run_on_ray if args.ray else run_here)(runs, failed, view, args)
     except KeyboardInterrupt:
         stopped = True
-    view.bar.close()
+    except OSError as error:  # a full disk, a folder that is gone
+        hint = "what runs goes on by itself; make room there, then the same command goes on with the grid"
+        raise InputError(f"cannot write to {runs[0].folder.parent} ({error.strerror or error}): {hint}") from None
+    finally:
+        view.bar.close()
     summarise(runs, failed, args.threads)
     if stopped:
         print(f"stopped     to go on: python {shlex.join(sys.argv)}")
@@ -208,9 +213,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args)))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    files.start(main, Args)

@@ -6,12 +6,13 @@ pairing the last observation of an episode with the first one of the next, and c
 """
 
 import hashlib
-import importlib
+import importlib.util
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from gymnasium.spaces.utils import flatten_space
 from minari.storage import get_dataset_path
 from torch import Tensor
 
-from common import InputError
+from common import InputError, add_working_directory, hides
+from common.checks import NoEpisodes, examine
 from common.download import D4RL, D4RL_ENVS, d4rl_file
+from common.units import Rows, check_finite, rescale
 
 DEFAULT_DATASET = "pendulum/random-v0"
-REF_SCORES = {  # (random, expert) by environment name, for every dataset and version of it; D4RL's except the last
+REF_SCORES = {  # (random, expert) by gym_class, for every dataset and version of it; D4RL's except the last
     "Hopper": (-20.272305, 3234.3),
     "HalfCheetah": (-280.178953, 12135.0),
     "Walker2d": (1.629008, 4592.3),
@@ -38,8 +41,12 @@ REF_SCORES = {  # (random, expert) by environment name, for every dataset and ve
     # the mean of 10,000 uniformly random episodes (standard error 3), and about what a well-trained policy reaches
     "Pendulum": (-1230.0, -150.0),
 }
+HASHED = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end", "episode_returns")
 MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no time limit of its own
-CACHE_VERSION = 1  # part of every cache key: raise it when the arrays made from the same file change
+# D4RL's, the first four of which are needed, then OGBench's; what Gymnasium says in place of D4RL's words
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "masks", "valids")
+GYM_KEYS = {"terminals": "terminations terminated terminateds", "timeouts": "truncations truncated truncateds"}
+CACHE_VERSION = 2  # part of every cache key: raise it when the arrays made from the same file change
 
 
 @contextmanager
@@ -49,7 +56,10 @@ def _readable(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # h5py, zipfile and minari raise many kinds for files that are damaged or something else
-        raise InputError(f"Cannot read {path} ({error}): it is damaged or of another format, get it again.") from error
+        hint = "it is damaged or of another format, get it again"
+        if "Object arrays" in str(error):  # np.load's word for lists of unequal lengths, None, text
+            hint = "store each key as one array of numbers, such as np.array(rows, np.float32)"
+        raise InputError(f"Cannot read {path} ({' '.join(str(error).split())}): {hint}.") from error
 
 
 @dataclass
@@ -71,6 +81,29 @@ class OfflineDataset:
     env_spec: EnvSpec | None  # environment to evaluate in: gym.make(env_spec)
     ref_scores: tuple[float, float] | None  # (random, expert): the returns that score 0 and 100
     data_hash: str  # hex, of the contents of all arrays and the box: the same wherever the data lie
+    obs_shift: np.ndarray | None = None  # (obs_dim,) float64; obs = (what the environment shows - shift) / scale
+    obs_scale: np.ndarray | None = None
+    obs_mean: np.ndarray | None = None  # (obs_dim,) float64, of obs
+    obs_std: np.ndarray | None = None  # exactly 0 for constants
+    ordered: bool = True  # False: the rows follow no order, whatever needs episodes is refused
+    cut_rows: Tensor | None = None  # (num_cut,) where the next row was dropped, though it has the next action:
+    cut_action: Tensor | None = None  # (num_cut, action_dim)
+
+    def __post_init__(self):
+        if self.obs_shift is None:
+            self.obs_shift, self.obs_scale = np.zeros(self.obs.shape[1]), np.ones(self.obs.shape[1])
+        self.rescaled = bool(self.obs_shift.any() or (self.obs_scale != 1).any())
+        if not self.ordered:
+            self.episode_end = self.episode_returns = NoEpisodes()
+
+    def to_obs(self, env_obs: np.ndarray) -> np.ndarray:
+        """What networks see, float32, of what the environment shows (..., obs_dim)."""
+        return np.asarray((env_obs - self.obs_shift) / self.obs_scale if self.rescaled else env_obs, np.float32)
+
+    def raw_obs(self, obs: Tensor) -> Tensor:
+        """The reverse (..., obs_dim): float64, or `obs` itself where nothing is rescaled."""
+        shift, scale = (torch.as_tensor(x, device=obs.device) for x in (self.obs_shift, self.obs_scale))
+        return obs.double() * scale + shift if self.rescaled else obs
 
     def to_env_action(self, action: np.ndarray) -> np.ndarray:
         """Maps actions (..., action_dim) from [-1, 1], clipped to it, to the environment's box."""
@@ -79,7 +112,10 @@ class OfflineDataset:
 
     def next_action(self) -> tuple[Tensor, Tensor]:
         """The action logged one step later (N, action_dim) and where there is one, (N,): not where episodes end."""
-        return self.action.roll(-1, dims=0), ~self.episode_end
+        action, known = self.action.roll(-1, dims=0), self.episode_end.logical_not()
+        if self.cut_rows is not None:
+            action[self.cut_rows], known[self.cut_rows] = self.cut_action, True
+        return action, known
 
     def normalised_score(self, returns: float | np.ndarray) -> float | np.ndarray:
         """100 * (return - random) / (expert - random), for one return or an array; nan without reference scores."""
@@ -87,14 +123,19 @@ class OfflineDataset:
         return 100.0 * (returns - low) / (high - low)
 
     def summary(self) -> str:
-        """Three lines for the start of a log."""
+        """Three lines for the start of a log; two where the rows follow no order."""
         returns, num_unknown = self.episode_returns, int((~self.successor_known).sum())
         low, high = self.ref_scores or (np.nan, np.nan)
-        return (
+        lines = (
             f"{self.name}: {self.source}, environment {self.env_spec.id if self.env_spec else 'unknown'}\n"
-            f"{len(returns):,} episodes, {len(self.obs):,} steps, {int(self.terminal.sum()):,} terminal "
-            f"({num_unknown:,} without successor), obs {self.obs.shape[1]}, action {self.action.shape[1]}\n"
-            f"behaviour return: min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}; "
+            f"{f'{len(returns):,} episodes' if self.ordered else 'the rows follow no order'}, {len(self.obs):,} steps, "
+            f"{int(self.terminal.sum()):,} terminal ({num_unknown:,} without successor), "
+            f"obs {self.obs.shape[1]}, action {self.action.shape[1]}"
+        )
+        if not self.ordered:
+            return lines
+        return (
+            f"{lines}\nbehaviour return: min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}; "
             f"normalised mean {self.normalised_score(returns.mean()):.1f} (0 = {low:g}, 100 = {high:g})"
         )
 
@@ -102,35 +143,38 @@ class OfflineDataset:
 def cache_dir() -> Path:
     """Folder of everything that can be made again: $OFFLINE_MBRL_CACHE, else offline-mbrl in the user's cache."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("OFFLINE_MBRL_CACHE") or Path(user_cache, "offline-mbrl")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("OFFLINE_MBRL_CACHE") or Path(user_cache, "offline-mbrl")))
 
 
-def load_dataset(name: str, device: torch.device | str = "cpu", env_id: str | None = None) -> OfflineDataset:
+def load_dataset(
+    name: str,
+    device: torch.device | str = "cpu",
+    env_id: str | None = None,
+    standardise_obs: bool = False,
+    trust: bool = False,
+) -> OfflineDataset:
     """Loads `name` and puts it on `device`.
 
     name: "pendulum/random-v0" (made at first use), else a path to an .hdf5, .h5 or .npz file with D4RL's keys, else
         the folder of a Minari dataset, else "d4rl/hopper-medium-v2" or another key of D4RL, else a Minari id; the last
         two are downloaded when they are not local. Dictionaries of vectors are flattened, keys in sorted order.
     env_id: environment to evaluate in and to take the action box from, as for gym.make; wins over the dataset's own.
+    standardise_obs: shift and scale the observations to mean 0 and deviation 1.
+    trust: import what only the data name to make their environment, which is code of whoever made them.
     Raises InputError when the data cannot be found, read or used.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where users keep the modules of their environments
+    add_working_directory()
     env_spec = obs_space = action_space = ref_scores = None
     if name == DEFAULT_DATASET:
         source, version, read = "uniformly random actions", f"{name}|{gym.__version__}", _random_pendulum
         env_spec, obs_space, action_space = make_spaces("Pendulum-v1")
     elif (path := _find(name)).is_dir():
-        with _readable(path):
-            minari_set = minari.MinariDataset(path)
-            metadata = minari_set.storage.metadata
+        minari_set, env_spec, ref_scores = _open_minari(path, name, env_id is None, trust)
         source, version, read = f"Minari dataset in {path}", _version(path), lambda: _read_minari(minari_set, path)
         # the spaces stored with the data: no need to install the package that registers the environment
-        env_spec, obs_space = _flattened(minari_set.env_spec, minari_set.observation_space)
+        env_spec, obs_space = _flattened(env_spec, minari_set.observation_space)
         action_space = minari_set.action_space
-        if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
-            ref_scores = metadata["ref_min_score"], metadata["ref_max_score"]
-        _check_spaces(obs_space, action_space, name, check_bounds=env_id is None)
+        _check_spaces(obs_space, action_space, name)
     else:
         source, version, read = str(path), _version(path), lambda: _read_flat(path)
         if name in D4RL:
@@ -138,42 +182,55 @@ def load_dataset(name: str, device: torch.device | str = "cpu", env_id: str | No
             env_spec = replace(gym.spec(d4rl_env), kwargs=kwargs)
     if env_id is not None:
         env_spec, obs_space, action_space = make_spaces(env_id)
-    if env_spec is not None and env_spec.max_episode_steps is None:
+    limit = env_spec and env_spec.max_episode_steps
+    if env_spec is not None and limit is None:
         env_spec = replace(env_spec, max_episode_steps=MOST_STEPS)
     ref_scores = ref_scores or ref_scores_of(env_spec)
-    arrays = _cached(version, lambda: _transitions(read(), source))
-    obs, action = arrays["obs"], arrays["action"]
+    version = f"{version}|{limit}|{standardise_obs}"
+    arrays = _cached(version, lambda: _transitions(read(), source, limit, standardise_obs))
+    print("".join(f"{line}\n" for line in arrays["found"]), end="", file=sys.stderr)
+    obs, num_rows = arrays["obs"], len(arrays["obs"])
+    action = np.concatenate([arrays["action"], arrays["cut_action"]]) if len(arrays["cut_rows"]) else arrays["action"]
     for what, array, space in (("observations", obs, obs_space), ("actions", action, action_space)):
         if space is not None and space.shape != array.shape[1:]:
             counts = f"{name} has {what} of {array.shape[1]} numbers but {env_id} has {space.shape[0]}"
             raise InputError(f"{counts}: choose the environment that the data were recorded in (--env-id).")
     if action_space is None:  # nothing known about the environment: assume D4RL's convention
         action_space = gym.spaces.Box(-1.0, 1.0, (action.shape[1],))
-    low, high = action_space.low.astype(np.float32), action_space.high.astype(np.float32)
+    low, high = _box(action_space, action, name)
     _scale_to_unit_box(action, low, high, name)
     data_hash = hashlib.blake2b(str(arrays["data_hash"]).encode() + low.tobytes() + high.tobytes(), digest_size=16)
-    names = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")
+    arrays |= {"action": action[:num_rows], "cut_action": action[num_rows:]}
+    tensors = (*HASHED[:-1], "cut_rows", "cut_action")
     return OfflineDataset(
-        name=name, source=source, **{key: torch.from_numpy(arrays[key]).to(device) for key in names},
+        name=name, source=source, **{key: torch.from_numpy(arrays[key]).to(device) for key in tensors},
         episode_returns=arrays["episode_returns"], action_low=low, action_high=high,
-        env_spec=env_spec, ref_scores=ref_scores, data_hash=data_hash.hexdigest(),
+        env_spec=env_spec, ref_scores=ref_scores, data_hash=data_hash.hexdigest(), ordered=bool(arrays["ordered"]),
+        **{key: arrays[key] for key in ("obs_shift", "obs_scale", "obs_mean", "obs_std")},
     )  # fmt: skip
 
 
 # --- Where the data are ---
 def _find(name: str) -> Path:
     """The file of flat arrays, or the data folder of a Minari dataset, that `name` stands for."""
-    path = Path(name).expanduser()
-    if path.suffix in (".hdf5", ".h5", ".npz") or path.is_file():
-        if not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if _is_flat(path) or os.path.isfile(path):
+        if not os.path.isfile(path):
             raise InputError(f"There is no file {path.absolute()}: check the path given as --dataset.")
-        if path.suffix not in (".hdf5", ".h5", ".npz"):
+        if not _is_flat(path):
             raise InputError(f"{path} is neither .hdf5, .h5 nor .npz: convert it to one of them, with D4RL's keys.")
         return path
     for find in (lambda: path / "data", lambda: path, lambda: minari_folder() / name / "data"):
         if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
+    if parts := sorted(filter(_is_flat, path.iterdir())) if name and os.path.isdir(path) else []:
+        how = "join them into one file, key by key with np.concatenate, and set `timeouts` in the last row of each"
+        raise InputError(f"{path} holds {len(parts)} data files, such as {parts[0].name}: {how}.")
     return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
+
+
+def _is_flat(path: Path) -> bool:
+    return path.suffix.lower() in (".hdf5", ".h5", ".npz")
 
 
 def minari_folder() -> Path:
@@ -210,11 +267,8 @@ def _download(name: str) -> Path:
 
             get_session().head(constants.ENDPOINT, timeout=5)
         # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
-        lock, folder = (
-            FileLock(root / ".downloading.lock"),
-            tempfile.TemporaryDirectory(dir=root, prefix=".downloading-"),
-        )
-        with lock, folder as part:
+        hidden = tempfile.TemporaryDirectory(dir=root, prefix=".downloading-")
+        with FileLock(root / ".downloading.lock"), hidden as part:
             if not (root / name / "data").exists():  # else another process was faster
                 with minari_writes_to(part):
                     minari.download_dataset(name)
@@ -233,12 +287,19 @@ def _download(name: str) -> Path:
 
 
 def _version(path: Path) -> str:
-    """Another string when the file is another one, or was changed."""
-    main_file = next((path / n for n in ("main_data.hdf5", "metadata.json") if (path / n).exists()), path).resolve()
-    return f"{main_file}|{main_file.stat().st_size}|{main_file.stat().st_mtime_ns}"
+    """Another string when a file is another one, or was changed, though an archive kept its time and size."""
+    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=16)
+    for file in [path] if path.is_file() else sorted(p for g in ("*.*", "*/*.*") for p in path.glob(g) if p.is_file()):
+        with _readable(file), file.open("rb") as opened:
+            stat = os.fstat(opened.fileno())
+            digest.update(f"{file.name}{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}".encode())
+            for start in sorted({*np.linspace(0, max(stat.st_size - 2**16, 0), 16, dtype=int).tolist()}):
+                opened.seek(start)
+                digest.update(opened.read(2**16))
+    return digest.hexdigest()
 
 
-def _cached(version: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _cached(version: str, read: Callable[[], Rows]) -> Rows:
     """read(), which may take ten seconds, or its result from the cache, which loads in a fraction of one."""
     key = hashlib.blake2b(f"{version}|{CACHE_VERSION}".encode(), digest_size=16).hexdigest()
     cache_file = cache_dir() / "datasets" / f"{key}.npz"
@@ -248,7 +309,8 @@ def _cached(version: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str
     except Exception:  # absent, cut off or damaged in any way: it is only a cache, so make it again
         arrays = read()
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
+    units = [name for name, none in (("obs_shift", 0), ("obs_scale", 1)) if (arrays[name] != none).any()]
+    for name in [*sorted(HASHED), *units]:
         digest.update(f"{name}{arrays[name].shape}".encode())
         digest.update(arrays[name].reshape(-1).view(np.uint8))
     arrays["data_hash"] = np.array(digest.hexdigest())
@@ -262,8 +324,8 @@ def _cached(version: str, read: Callable[[], dict[str, np.ndarray]]) -> dict[str
     return arrays
 
 
-# --- Reading: n recorded rows under D4RL's keys, and episode_end, which marks the last row of each episode ---
-def _random_pendulum() -> dict[str, np.ndarray]:
+# --- Reading: n recorded rows under D4RL's keys; episode_end, where it is known, marks the last row of each episode ---
+def _random_pendulum() -> Rows:
     """The embedded default: 100 episodes of uniformly random actions, made in half a second."""
     env, steps = gym.make("Pendulum-v1"), []
     env.action_space.seed(0)
@@ -277,40 +339,59 @@ def _random_pendulum() -> dict[str, np.ndarray]:
     return dict(zip(keys, map(np.array, zip(*steps))))
 
 
-def _read_flat(path: Path) -> dict[str, np.ndarray]:
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-    with _readable(path), np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
-        missing = [key for key in keys[:4] if key not in file]
+def _read_flat(path: Path) -> Rows:
+    with _readable(path), np.load(path) if path.suffix.lower() == ".npz" else h5py.File(path, "r") as file:
+        names = {key: next((n for n in (key, *GYM_KEYS.get(key, "").split()) if n in file), None) for key in KEYS}
+        missing = [key for key in KEYS[:4] if names[key] is None]
+        if "dones" in file and "terminals" in missing:
+            raise InputError(f"{path} has dones, which may be time limits, too: write terminals and timeouts instead.")
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)} (has {', '.join(file)}): write it with D4RL's keys.")
-        rows = {key: _read_array(file[key], key, path) for key in keys if key in file}
+        rows, unread = {key: _read_array(file[name], name, path) for key, name in names.items() if name}, []
+        for key in sorted(set(file) - set(names.values())):
+            with suppress(ValueError):  # Python objects
+                if "/" not in key and getattr(file[key], "shape", ())[:1] == rows["rewards"].shape:
+                    unread.append(key)
     obs, next_obs = rows["observations"], rows.get("next_observations")
     for key, array in rows.items():
         if len(array) != len(obs):
             raise InputError(f"{path} has {len(obs)} observations but {len(array)} {key}: every row needs one of each.")
     if next_obs is not None and next_obs.shape != obs.shape:
         raise InputError(f"{path} has observations {obs.shape} but next_observations {next_obs.shape}: both must fit.")
-    _check_finite(rows, path)
-    rows["terminals"] = rows["terminals"] != 0
-    rows["timeouts"] = rows["timeouts"] != 0 if "timeouts" in rows else np.zeros(len(obs), bool)
-    # Where does an episode end? At the flags, but some files lack `timeouts` or do not set them everywhere. With
-    # next_observations the other ends show: the successor is not the next row. Without them nothing else can tell.
-    rows["episode_end"] = rows["terminals"] | rows["timeouts"]
-    if next_obs is not None:
-        rows["episode_end"][:-1] |= (next_obs[:-1] != obs[1:]).any(axis=1)
-    elif not rows["timeouts"].any():
-        print(f"note: {path} marks no time limits: only its terminals separate episodes", file=sys.stderr)
-    return rows
+    check_finite(rows, path)
+    rows |= {key: rows[key] != 0 if key in rows else np.zeros(len(obs), bool) for key in ("terminals", "timeouts")}
+    notes = [f"note: not read: {', '.join(unread)} in {path}"] if unread else []
+    if {"masks", "valids"} & rows.keys():
+        rows = _from_ogbench(rows)
+        notes.append(f"note: {path} is in OGBench's layout: its terminals are ends, its masks tell which are terminal")
+    if "next_observations" not in rows and not rows["timeouts"].any():
+        notes.append(f"note: {path} marks no time limits: only its terminals separate episodes")
+    return rows | {"notes": notes}
+
+
+def _from_ogbench(rows: Rows) -> Rows:
+    """Its `valids` are 0 where a row is no transition, but the place of the last observation of a trajectory."""
+    valid, mask = (rows.pop(key, np.ones(len(rows["rewards"]))) != 0 for key in ("valids", "masks"))
+    rows["timeouts"] |= (rows["terminals"] | np.append(~valid[1:], False)) & mask
+    rows["terminals"] = ~mask
+    if "next_observations" not in rows and not valid.all():
+        rows["next_observations"] = np.roll(rows["observations"], -1, axis=0)
+        valid[-1] = False  # nothing follows it
+    return {key: array[valid] for key, array in rows.items()}
 
 
 def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.ndarray:
-    """Returns float32 (n, dim) for observations, actions and next_observations, (n,) for the others."""
+    """Returns (n, dim) for observations, actions and next_observations, else (n,); observations may be float64."""
     if key == "actions" and stored.dtype.kind != "f":
         raise InputError(f"{path} has actions of type {stored.dtype}: discrete actions are not supported, only floats.")
+    if stored.dtype.kind not in "fiub":
+        hint = "store one array of numbers, such as np.array(rows, np.float32)"
+        raise InputError(f"{path} has {key} of type {stored.dtype}: {hint}.")
     is_vector = key in ("observations", "actions", "next_observations")
     if len(stored.shape) != 1 and not (len(stored.shape) == 2 and (is_vector or stored.shape[1] == 1)):
         raise InputError(f"{path} has {key} of shape {stored.shape}: expected {'(n, dim)' if is_vector else '(n,)'}.")
-    array = np.empty(stored.shape, np.float32)
+    wide = key in ("observations", "next_observations")
+    array = np.empty(stored.shape, np.result_type(stored.dtype, np.float32) if wide else np.float32)
     if isinstance(stored, h5py.Dataset) and stored.dtype.kind == "f" and stored.size:
         stored.read_direct(array)  # HDF5 converts block by block: no float64 copy of the whole array
     else:
@@ -318,14 +399,48 @@ def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.n
     return array.reshape(len(array), -1 if array.size else 1) if is_vector else array.reshape(-1)
 
 
+def _open_minari(path: Path, name: str, wants_env: bool, trust: bool) -> tuple:
+    """The dataset, its environment, its reference scores. Without `trust` nothing runs that only the data name."""
+    with _readable(path):
+        metadata = json.loads((path / "metadata.json").read_text())
+        for key in ("total_episodes", "total_steps"):
+            if type(count := metadata.get(key)) is not int or count < 0:
+                raise InputError(f"{path} has {count!r:.50} for {key}, not a count: get another version of it.")
+        spec = json.loads(metadata.get("env_spec") or "null")
+        # Minari makes the environment itself where it misses a space
+        may_run = spec and not trust and (wants_env or not {"observation_space", "action_space"} <= metadata.keys())
+        unknown = _unknown_code(spec) if may_run else []
+        if any(importlib.util.find_spec(point.partition(":")[0].partition(".")[0]) for point in unknown):
+            code = f"{name} would run code: entry point {', '.join(unknown)}"
+            raise InputError(f"{code}; if you trust its author give --trust, else another environment by --env-id.")
+        minari_set = minari.MinariDataset(path)
+        env_spec = minari_set.env_spec
+        if unknown:  # its package is not installed: the environment stays as a name that cannot be made
+            env_spec = replace(env_spec, entry_point=None, vector_entry_point=None)
+        scores = (metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
+        low, high = (np.nan if score is None else float(score) for score in scores)
+    return minari_set, env_spec, (low, high) if -np.inf < low < high < np.inf else None
+
+
+def _unknown_code(spec: dict) -> list[str]:
+    """What making this environment would import and neither gymnasium nor what registered its id has named."""
+    keys, own = ("entry_point", "vector_entry_point"), gym.registry.get(spec["id"])
+    known = {None, *(getattr(own, key, None) for key in keys)}
+    known |= {f"{w.__module__}:{w.__name__}" for w in vars(gym.wrappers).values() if isinstance(w, type)}
+    named = [*map(spec.get, keys), *(wrapper["entry_point"] for wrapper in spec["additional_wrappers"])]
+    # "module:Name-v0", the id of an environment inside, is imported too
+    named += [value for value in spec["kwargs"].values() if isinstance(value, str) and ":" in value]
+    return [str(point) for point in named if point not in known]
+
+
 def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndarray]:
     n, action_shape = dataset.total_steps, dataset.action_space.shape
-    obs_shape = flatten_space(dataset.observation_space).shape
-    rows = {key: np.empty((n, *obs_shape), np.float32) for key in ("observations", "next_observations")}
-    rows |= {"actions": np.empty((n, *action_shape), np.float32), "rewards": np.empty(n, np.float32)}
-    rows |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts", "episode_end")}
-    stop = 0
+    obs_shape, stop = flatten_space(dataset.observation_space).shape, 0
     with _readable(path):
+        wide = np.result_type(flatten_space(dataset.observation_space).dtype, np.float32)
+        rows = {key: np.empty((n, *obs_shape), wide) for key in ("observations", "next_observations")}
+        rows |= {"actions": np.empty((n, *action_shape), np.float32), "rewards": np.empty(n, np.float32)}
+        rows |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts", "episode_end")}
         for episode in dataset:
             length, obs = len(episode.rewards), episode.observations
             if isinstance(obs, dict):
@@ -334,45 +449,47 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndar
                 counts = f"{len(obs)} observations for {length} rewards, which should be one more"
                 raise InputError(f"Episode {episode.id} in {path} has {counts}: get another version of it.")
             at, stop = slice(stop, stop + length), stop + length
-            rows["observations"][at], rows["next_observations"][at] = obs[:-1], obs[1:]
-            rows["actions"][at], rows["rewards"][at] = episode.actions, episode.rewards
-            rows["terminals"][at], rows["timeouts"][at] = episode.terminations, episode.truncations
+            parts = dict(observations=obs[:-1], next_observations=obs[1:], actions=episode.actions)
+            parts |= dict(rewards=episode.rewards, terminals=episode.terminations, timeouts=episode.truncations)
+            for key, part in parts.items():
+                if np.shape(part) != rows[key][at].shape:  # NumPy would repeat what is too small
+                    shapes = f"{key} {np.shape(part)} where {rows[key][at].shape} are promised"
+                    raise InputError(f"Episode {episode.id} in {path} has {shapes}: get another version of it.")
+                rows[key][at] = part
             rows["episode_end"][at][-1:] = True  # also of an incomplete episode, which has neither flag
     if stop != n:
         raise InputError(f"{path} promises {n} steps and holds {stop}: delete it and get it again.")
-    _check_finite(rows, path)
+    check_finite(rows, path)
     return rows
 
 
-def _check_finite(rows: dict[str, np.ndarray], path: Path) -> None:
-    for key, array in rows.items():
-        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1) if len(array) else np.ones(1)
-        if not finite.all():
-            raise InputError(f"{path} has NaN or infinite {key} in row {np.argmin(finite)}: remove that episode.")
-
-
-def _transitions(rows: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of OfflineDataset, actions still in the environment's units."""
-    obs, next_obs = rows["observations"], rows.get("next_observations")
-    terminal, episode_end, n = rows["terminals"], rows["episode_end"], len(obs)
-    if n == 0:
+def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bool) -> Rows:
+    """Returns the arrays of OfflineDataset, actions still in the environment's units, and what was `found`."""
+    if not len(rows["rewards"]):
         raise InputError(f"{source} is empty: it has no rows.")
-    episode_end[-1] = True
+    notes, (units, found) = rows.pop("notes", []), rescale(rows, standardise_obs)
+    found += examine(rows, source, limit)
+    obs, next_obs, action = rows["observations"], rows.get("next_observations"), rows["actions"]
+    terminal, episode_end, n = rows["terminals"], rows["episode_end"], len(obs)
     episode = np.cumsum(episode_end) - episode_end  # (n,) index of each row's episode
     starts = np.flatnonzero(np.diff(episode, prepend=-1))
-    known = keep = np.ones(n, bool)
-    if next_obs is None:
-        known = ~episode_end
-        keep = known | terminal  # the others' successor is needed and was not recorded
-        if not keep.any():
-            raise InputError(f"{source} is empty: no row has a known successor; record next_observations.")
-        next_obs = obs[(np.arange(n) + known)[keep]]  # where the successor is unknown: itself, as placeholder
+    known = ~rows["lost"]
+    keep = known | terminal  # the others' successor is needed and was not recorded
+    if not keep.any():
+        raise InputError(f"{source} is empty: no row has a known successor; record next_observations.")
     every_row = slice(None) if keep.all() else keep  # no copies when nothing is dropped
-    return dict(
-        obs=obs[every_row], action=rows["actions"][every_row], reward=rows["rewards"][every_row], next_obs=next_obs,
+    if next_obs is None:
+        next_obs = obs[(np.arange(n) + known)[keep]]  # where the successor is unknown: itself, as placeholder
+    else:
+        next_obs = next_obs[every_row] if known.all() else np.where(known[:, None], next_obs, obs)[keep]
+    cut = np.flatnonzero(keep[:-1] & ~keep[1:] & ~episode_end[:-1])
+    return units | dict(
+        obs=obs[every_row], action=action[every_row], reward=rows["rewards"][every_row], next_obs=next_obs,
         terminal=terminal[keep].astype(np.float32), successor_known=known[keep],
         episode_end=np.diff(episode[keep], append=-1) != 0,
         episode_returns=np.add.reduceat(rows["rewards"], starts, dtype=np.float64),
+        cut_rows=np.cumsum(keep)[cut] - 1, cut_action=action[cut + 1], ordered=np.array("unordered" not in rows),
+        found=np.array([*notes, *(f"warning: {source} {line}" for line in found)], dtype=str),
     )  # fmt: skip
 
 
@@ -386,10 +503,14 @@ def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
         env_spec = gym.spec(registered_id)
         env = gym.make(env_spec)
     except Exception as error:  # unknown id, package not installed, version without an implementation
-        raise InputError(f"Cannot make environment {env_id!r} ({error}): check the id given as --env-id.") from error
+        what = f"Cannot make environment {env_id!r} ({error}){hides(error)}"
+        raise InputError(f"{what}: check the id given as --env-id.") from error
     env.close()
     env_spec, obs_space = _flattened(env_spec, env.observation_space)
     _check_spaces(obs_space, env.action_space, env_id)
+    if not env.action_space.is_bounded():  # RescaleAction needs bounds, ClipAction takes them away
+        how = "wrap it in TransformAction with a Box that has bounds (RescaleAction and ClipAction want them already)"
+        raise InputError(f"{env_id} has actions in {env.action_space}, without bounds: {how}.")
     return env_spec, obs_space, env.action_space
 
 
@@ -407,26 +528,49 @@ def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space) -> tuple[EnvSpec 
     return env_spec, flatten_space(gym.spaces.Dict(dict(sorted(spaces.items()))))
 
 
-def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str, check_bounds: bool = True) -> None:
+def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str) -> None:
     for what, space in (("observations", obs_space), ("actions", action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             kinds = "only vectors, as observations also dictionaries of float vectors, but not discrete or image"
             raise InputError(f"{name} has {what} in {space}: {kinds}.")
-    if check_bounds and not (action_space.is_bounded() and (action_space.low < action_space.high).all()):
-        raise InputError(f"{name} has actions in {action_space}: give an environment with finite bounds by --env-id.")
+
+
+def gym_class(env_spec: EnvSpec | None) -> str | None:
+    """Hopper for gymnasium's own HopperEnv of any version, however it is registered; None for anybody else's."""
+    made_by = env_spec.entry_point if env_spec is not None and env_spec.namespace is None else ""
+    if callable(made_by):
+        made_by = f"{made_by.__module__}:{getattr(made_by, '__name__', '')}"
+    module, _, name = str(made_by).partition(":")
+    if module.split(".")[:2] != ["gymnasium", "envs"]:
+        return None
+    return name.removesuffix("Env") if name.endswith("Env") else env_spec.name  # v2 and v3: a function that refuses
 
 
 def ref_scores_of(env_spec: EnvSpec | None) -> tuple[float, float] | None:
     """(random, expert), where they are known."""
-    return REF_SCORES.get(env_spec.name) if env_spec is not None and env_spec.namespace is None else None
+    return REF_SCORES.get(gym_class(env_spec))
+
+
+def _box(space: gym.spaces.Box, action: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """low, high (action_dim,); the data's own range where the space has no bounds, or none that float32 can span."""
+    with np.errstate(over="ignore"):
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+        bounded = np.isfinite(high - low)
+    if not bounded.all():
+        low, high = np.where(bounded, low, action.min(axis=0)), np.where(bounded, high, action.max(axis=0))
+        ranges = ", ".join(f"[{a:g}, {b:g}]" for a, b in zip(low, high))
+        print(f"note: the actions of {name} have no bounds: the data's own range is taken, {ranges}", file=sys.stderr)
+    return low, high
 
 
 def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
     """Scales action (n, action_dim) from its box to [-1, 1] in place; says on stderr how many had to be clipped."""
     action -= (high + low) / 2
-    action /= (high - low) / 2
-    num_outside = int((np.abs(action) > 1.0 + 1e-5).any(axis=1).sum())  # not those that rounding put there
-    if num_outside:
+    half = (high - low) / 2
+    action /= np.where(half > 0, half, 1)
+    outside = np.abs(action) > np.where(half > 0, 1, 0) + 1e-5  # not those that rounding put there
+    action[:, half == 0] = 0  # a component that the box fixes
+    if num_outside := int(outside.any(axis=1).sum()):
         counts = f"{num_outside:,} of {len(action):,}"
         print(f"warning: {counts} actions in {name} lie outside the box and were clipped to it", file=sys.stderr)
     np.clip(action, -1.0, 1.0, out=action)

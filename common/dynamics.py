@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,9 +56,7 @@ class Dynamics(nn.Module):
     Observations, actions (in [-1, 1]) and rewards go in and come out in the units of the dataset.
     """
 
-    def __init__(
-        self, obs_dim: int, action_dim: int, num_members: int = 7, num_elites: int = 5, hidden_size: int = 200
-    ):
+    def __init__(self, obs_dim: int, action_dim: int, num_members=7, num_elites=5, hidden_size=200):
         super().__init__()
         self.obs_dim, self.num_members = obs_dim, num_members
         sizes = [obs_dim + action_dim] + [hidden_size] * (len(WEIGHT_DECAY) - 1) + [2 * (obs_dim + 1)]
@@ -146,17 +145,9 @@ class Dynamics(nn.Module):
         return (self.standardised(x.expand(self.num_members, -1, -1))[0] - y).square().mean(dim=1)
 
     def fit(
-        self,
-        x: Tensor,
-        y: Tensor,
-        seed: int,
-        max_epochs: int | None = None,
-        patience: int = 5,
-        batch_size: int = 256,
-        lr: float = 1e-3,
-        compile: Callable = lambda function: function,
-        partial: Path | None = None,
-    ) -> int:
+        self, x: Tensor, y: Tensor, seed: int, max_epochs: int | None = None, patience: int = 5, batch_size: int = 256,
+        lr: float = 1e-3, compile: Callable = lambda function: function, partial: Path | None = None,
+    ) -> int:  # fmt: skip
         """Maximum likelihood on x (N, obs_dim + action_dim), y (N, obs_dim + 1) = (next_obs - obs, reward).
 
         A member's weights are kept whenever its holdout error falls by more than 1 %; the fit stops when no member has
@@ -199,7 +190,7 @@ class Dynamics(nn.Module):
         saved = time.monotonic()
         while stale <= patience and (max_epochs is None or epoch < max_epochs):
             epoch += 1
-            bar.reset(len(train) // batch_size)
+            bar.n = bar.last_print_n = 0  # reset() would print a line
             bar.set_description(f"dynamics, epoch {epoch}{f' of {max_epochs}' if max_epochs else ''}", refresh=False)
             shuffle = [torch.randperm(len(train), generator=generator, device=x.device) for _ in bootstrap]
             indices = bootstrap.gather(1, torch.stack(shuffle))
@@ -221,7 +212,7 @@ class Dynamics(nn.Module):
             stale = 0 if better.any() else stale + 1
             if not mse.isfinite().all():
                 raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
-            bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.mean(dim=1).tolist()))
+            bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.mean(dim=1).tolist()), False)
             if partial and time.monotonic() - saved > 60:
                 state = {"model": self.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
                 save(partial, state | {"best": best, "epoch": epoch, "stale": stale})
@@ -242,11 +233,26 @@ class Dynamics(nn.Module):
             std[column] = torch.where(constant, 0.0, deviation)
 
 
-def save(path: Path, state: dict) -> None:
-    """torch.save, atomic: a kill leaves the old file or the new one."""
+class WriteError(InputError):
+    """A full disk, a folder that is gone or cannot be written to."""
+
+
+def atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """write(temporary), then a rename: a kill leaves the old file or the new one, a full disk the old one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises either
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WriteError(f"cannot write {path} ({reason}): make room there, or choose another folder") from None
+
+
+def save(path: Path, state: dict) -> None:
+    """torch.save, atomically. Raises WriteError."""
+    atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def rounds_products(device: torch.device) -> bool:
@@ -285,15 +291,9 @@ def make_once(file: Path, what: str, make: Callable[[], None]) -> str:
 
 
 def load_or_fit(
-    data: OfflineDataset,
-    seed: int,
-    num_members: int = 7,
-    num_elites: int = 5,
-    hidden_size: int = 200,
-    max_epochs: int | None = None,
-    path: str = "",
-    compile: Callable = lambda function: function,
-) -> Dynamics:
+    data: OfflineDataset, seed: int, num_members: int = 7, num_elites: int = 5, hidden_size: int = 200,
+    max_epochs: int | None = None, path: str = "", compile: Callable = lambda function: function,
+) -> Dynamics:  # fmt: skip
     """The ensemble of `data`: from the file `path`, else from the cache, else fitted and put into the cache.
 
     The cache's key is the data's content, the settings, the seed and whether products are rounded. Returns the ensemble

@@ -19,18 +19,10 @@ HOLDOUT_INTERVAL = 500  # updates
 
 
 def load_or_train(
-    name: str,
-    make: Callable[[], nn.Module],
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    rows: Tensor,
-    noise_dim: int,
-    data: OfflineDataset,
-    seed: int,
-    num_updates: int,
-    lr: float,
-    settings: dict,
+    name: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, Tensor, Tensor], Tensor], rows: Tensor,
+    noise_dim: int, data: OfflineDataset, seed: int, num_updates: int, lr: float, settings: dict,
     compile: Callable = lambda function: function,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """`make()` trained by Adam on minibatches of 256 of `rows`; from the cache where that was done before.
 
     rows: (num_rows, width) on the data's device; loss(net, rows (batch, width), noise (batch, noise_dim), standard

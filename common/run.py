@@ -1,11 +1,9 @@
-"""What a run records and how it is watched: settings, folder, curves, checkpoints, evaluation, speed of the machine.
+"""What a run records and how it is watched: settings, folder, curves, checkpoints, divergence.
 
 Nothing here decides what a policy becomes; device, threads, compiling and precision move its last digits.
 
     read_args      a script's defaults, then TUNED or the resumed run's settings, then the command line
     Run            .open, .compiled, .updates (the loop: bar, checkpoints, Ctrl-C), .note, .evaluate, .finish
-    load_policy    of a finished run
-    evaluate       returns of a policy in the real environment, one episode in each copy of it
 """
 
 import csv
@@ -21,32 +19,42 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import InputError
 from common.dataset import OfflineDataset
-from common.dynamics import save
+from common.dynamics import WriteError, atomically, save
+from common.evaluation import EnvironmentFails, evaluate, make_envs
 from common.machine import compiled, keep_freed_memory, set_matmul_precision
+from common.terminations import rule_warning
+from common.units import unit_warnings
 
 RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other numbers at 0
     **dict.fromkeys(("seed", "num_threads", "warm_start_updates"), (0, math.inf)),
     **dict.fromkeys(("gamma", "tau", "real_ratio", "expectile", "top_fraction", "policy_share", "gae_lambda"), (0, 1)),
     "target_entropy": (-math.inf, math.inf), "momentum": (0, 0.999), "init_std": (1e-3, math.inf),
 }  # fmt: skip
+MAY_BE_INF = {"max_alpha"}  # where it means none
+# what may change when a run goes on; other data are noticed by their hash
+FREE = {"dataset", "eval_interval", "eval_episodes", "score_evals", "checkpoint_interval", "num_threads", "device"}
+FREE |= {"compile", "matmul_precision", "trust", "resume", "num_updates"}
+PATHS = ("dataset", "dynamics", "run_dir", "resume")
 
 
 @dataclass
@@ -64,6 +72,7 @@ class RunArgs:
     run_dir: str = "runs"  # where run folders are made
     run_name: str = ""  # by default dataset__algo__seed__time
     resume: str = ""  # folder of a run to go on with; its settings hold where no flag is given
+    trust: bool = False  # import the modules that data or a resumed run's folder name: code of whoever made them
 
 
 def start(main: Callable, Args: type[RunArgs], tuned: dict[str, dict]) -> None:
@@ -78,34 +87,50 @@ def start(main: Callable, Args: type[RunArgs], tuned: dict[str, dict]) -> None:
 
 def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
     """Prints a line on each setting that is not the script's default."""
-    args, resumed = tyro.cli(Args), None
-    if args.resume:
-        base = resumed = _settings_of(Path(args.resume), Args)
+    given, resumed = tyro.cli(Args), None
+    if given.resume:
+        base = resumed = _settings_of(Path(given.resume).expanduser(), Args)
     else:
-        d4rl_name = f"d4rl/{Path(args.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
-        base = tuned.get(args.dataset) or tuned.get(d4rl_name, {})
+        d4rl_name = f"d4rl/{Path(given.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
+        base = tuned.get(given.dataset) or tuned.get(d4rl_name, {})
     args = tyro.cli(Args, default=replace(Args(), **base))
+    args.trust = given.trust  # never a folder's word
+    for name in PATHS:
+        if getattr(args, name, "").startswith("~"):
+            setattr(args, name, str(Path(getattr(args, name)).expanduser()))
     origin = "the resumed run" if resumed else "TUNED for this dataset"
-    # what may change when a run goes on; other data are noticed by their hash
-    free = {"dataset", "env_id", "num_updates", *(field.name for field in fields(RunArgs))}
     for field in fields(Args):
         name, value = field.name, getattr(args, field.name)
         flag, numbers = "--" + name.replace("_", "-"), value if type(value) is tuple else (value,)
         least, most = RANGES.get(name, (0 if type(numbers[0]) is float else 1, math.inf))
         for number in numbers:
-            if type(number) in (int, float) and not least <= number <= most:
-                bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            is_number = type(number) in (int, float)
+            if is_number and not (least <= number <= most and (math.isfinite(number) or name in MAY_BE_INF)):
+                bounds = f"between {least} and {most}" if math.isfinite(most) else f"at least {least}"
+                bounds += " and finite" * math.isinf(number)
                 raise InputError(f"{flag} must be {bounds}, not {number}")
-        if resumed and name not in free and value != resumed[name]:
-            raise InputError(
-                f"{flag} is {resumed[name]} in this run and decides its policy: leave it out or start anew"
-            )
+        if resumed:
+            _check_resumed(flag, value, resumed[name], args)
         if value != field.default or value != base.get(name, value):
             where = origin if base.get(name) == value else "command line"
             print(f"setting     {flag} {' '.join(map(str, numbers))} ({where})")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
     return args
+
+
+def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
+    name = flag[2:].replace("-", "_")
+    if name in ("env_id", "termination") and ":" in before and not args.trust:
+        raise InputError(f"this run imports {before} ({flag}), code of whoever made the folder: give --trust to run it")
+    if value == before:
+        return
+    if name in ("run_dir", "run_name"):
+        raise InputError(f"{flag} cannot change when a run goes on in its folder: leave it out")
+    if name not in FREE:
+        raise InputError(f"{flag} is {before} in this run and decides its policy: leave it out or start anew")
+    if name == "num_updates" and (getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")):
+        raise InputError(f"{flag} is {before} in this run and its schedules span them: leave it out or start anew")
 
 
 def _settings_of(folder: Path, Args: type[RunArgs]) -> dict:
@@ -128,20 +153,28 @@ def algo(Args: type[RunArgs]) -> str:
     return Path(sys.modules[Args.__module__].__file__).stem
 
 
-def make_folder(args: RunArgs) -> Path:
-    """A new folder for a new run, the old one for a resumed run; its name is printed."""
-    name = f"{args.dataset.strip('/').replace('/', '-')}__{algo(type(args))}__{args.seed}"
-    name += f"__{datetime.now():%Y%m%d-%H%M%S-%f}"
+def folder_name(dataset: str) -> str:
+    """The dataset as a part of a folder's name: visible and without slashes, also for ../log.npz and ~/log.npz."""
+    return dataset.lstrip("./~").rstrip("/").replace("/", "-")
+
+
+def make_folder(args: RunArgs) -> tuple[Path, FileLock]:
+    """A new folder for a new run, the old one for a resumed run, and the lock that keeps other processes out of it."""
+    name = f"{folder_name(args.dataset)}__{algo(type(args))}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(args.resume or Path(args.run_dir, args.run_name or name))
-    if not args.resume and (folder / "config.json").exists():
-        raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")
+    lock = FileLock(folder / ".lock", is_singleton=True)  # the kernel lets go of it when the process dies
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json.tmp").touch()
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"{folder} is in use by another process: wait for it, or choose another --run-name") from None
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --run-dir") from None
+    if not args.resume and (folder / "config.json").exists():
+        lock.release()
+        raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")
     print(f"run         {folder}")
-    return folder
+    return folder, lock
 
 
 class Run:
@@ -149,10 +182,11 @@ class Run:
 
     def __init__(self, args: RunArgs):
         self.args, self.algo, self.start, self.stop = args, algo(type(args)), time.monotonic(), False
-        self.progress = {"update": 0, "seconds": 0.0, "history": [], "notes": {}}
+        self.progress, self.modules = {"update": 0, "seconds": 0.0, "history": [], "notes": {}}, {}
+        self.saved, self.said = 0, set()
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
             sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
-        self.folder = make_folder(args)
+        self.folder, self.lock = make_folder(args)
         self.resumes = bool(args.resume) and (self.folder / "checkpoint.pt").exists()
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         torch.set_num_threads(args.num_threads or min(4, torch.get_num_threads()))
@@ -161,21 +195,27 @@ class Run:
         self.compiled = lambda function: compiled(function, self.device) if args.compile else function
 
     def open(self, data: OfflineDataset) -> None:
-        """Before anything expensive: can the policy be evaluated?"""
+        """Before anything expensive: can the data be what they claim, can the policy be evaluated?"""
         self.data, self.envs = data, make_envs(data, self.args.eval_episodes)
         print(data.summary())
+        units = [] if getattr(self.args, "standardise_obs", True) else unit_warnings(data)  # some scripts always do it
+        for warning in filter(None, [rule_warning(data), *units]):
+            print(f"warning     {warning}")
 
     def updates(self, **modules: nn.Module) -> Iterator[int]:
         """1 .. num_updates, or from where a resumed run was; `modules` are all that training changes.
 
         Where a checkpoint is due or Ctrl-C asked for one, everything is saved after the update, random states included.
         """
+        self.modules = modules
         if self.resumes:
-            self._restore(modules)
+            self._restore()
         first, last, bar = self.progress["update"], self.args.num_updates, None
         self.start -= self.progress["seconds"]
-        self._write_config()
+        self._write(write_text, self.folder / "config.json", json.dumps(self._config(), indent=2))
         self.writer, self.mark = SummaryWriter(self.folder, purge_step=first + 1), (first, time.monotonic())
+        # TensorBoard writes in a thread of its own: what fails there fails here, too, and then in a sentence
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
         usual = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for i in range(first + 1, last + 1):
@@ -187,17 +227,18 @@ class Run:
                 if bar is not None:
                     bar.update()
                 if self.stop or i % self.args.checkpoint_interval == 0 or i == last:
-                    self._save(modules)
+                    self._save()
                 if self.stop:
-                    resume = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
-                    tqdm.write(f"stopped     after {i:,} updates; to go on: {resume}")
+                    tqdm.write(f"stopped     after {i:,} updates; to go on: {self._resume_command()}")
                     sys.exit(130)
         finally:
-            self.writer.close()
+            with suppress(OSError):
+                self.writer.close()
             if bar is not None:
                 bar.close()
             for number, handler in usual.items():
                 signal.signal(number, handler)
+            self.lock.release()
 
     def _ask_to_stop(self, *_) -> None:
         """The first Ctrl-C asks for a checkpoint after the current update, the second one ends at once."""
@@ -208,8 +249,8 @@ class Run:
         """Numbers for the next rows of progress.csv, until noted again; of several the mean, and a histogram."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64)
-            if value.ndim:
-                self.writer.add_histogram(name, value, self.progress["update"])
+            if value.ndim and value.isfinite().all():
+                self._write(self.writer.add_histogram, name, value, self.progress["update"])
             self.progress["notes"][name] = value.mean().item()
 
     def evaluates(self) -> bool:
@@ -222,63 +263,144 @@ class Run:
         if not self.evaluates():
             return
         i, history = self.progress["update"], self.progress["history"]
-        returns = evaluate(policy, self.envs, self.data, [self.args.seed, i]) if self.envs else np.array([math.nan])
+        values = self.progress["notes"] | {name: value.item() for name, value in info.items()}
+        self._check_finite(values)
+        self._compare(values)
+        returns = self._returns(policy)
         now, (last, then) = time.monotonic(), self.mark
         row = {"update": i, "seconds": now - self.start, "updates_per_second": (i - last) / (now - then)}
         row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
-        row |= {"normalised_score": float(self.data.normalised_score(returns.mean()))}
-        history.append(row := row | self.progress["notes"] | {name: value.item() for name, value in info.items()})
-        for name, value in row.items():
-            self.writer.add_scalar(name, value, i)
-        self.writer.flush()
+        row |= {"normalised_score": float(self.data.normalised_score(returns.mean()))} | values
+        history.append(row)
         table = csv.DictWriter(text := io.StringIO(), list(row), lineterminator="\n")
         table.writeheader()
         table.writerows(history)
-        write_text(self.folder / "progress.csv", text.getvalue())
+        self._write(lambda: [self.writer.add_scalar(name, value, i) for name, value in row.items()])
+        self._write(self.writer.flush)
+        self._write(write_text, self.folder / "progress.csv", text.getvalue())
         score = "return {return_mean:8.1f} ± {return_std:<6.1f}  normalised {normalised_score:6.1f}  "
         tqdm.write(f"update {i:>9,}  " + (score + line).format(**row))
         self.mark = i, time.monotonic()
 
+    def _returns(self, policy) -> np.ndarray:
+        """(eval_episodes,); nan where the environment fails: that costs an evaluation, never the training."""
+        try:
+            self.envs = make_envs(self.data, self.args.eval_episodes) if self.envs is None else self.envs
+            if self.envs:
+                seed = [self.args.seed, self.progress["update"]]
+                return evaluate(policy, self.envs, self.data, seed, self.args.eval_episodes)
+        except EnvironmentFails as error:
+            tqdm.write(f"warning     update {self.progress['update']:,} is not evaluated: {error}")
+            self.envs = None  # made anew for the next evaluation
+        return np.array([math.nan])
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        """Raises InputError where training has diverged. nan alone is also the loss of a network that had no step."""
+        state = {f"{name}.{key}": x for name, module in self.modules.items() for key, x in module.state_dict().items()}
+        bad = [name for name, x in state.items() if isinstance(x, Tensor) and not x.isfinite().all()]
+        if bad or any(map(math.isinf, values.values())):
+            names = ", ".join([name for name, value in values.items() if not math.isfinite(value)] + bad[:1])
+            cause = "look for enormous rewards or observations, or lower the learning rates and coefficients"
+            where = f"training has diverged by update {self.progress['update']:,}: {names} not finite"
+            raise InputError(f"{where}; {cause}; {self._last_checkpoint()}")
+
+    def _compare(self, values: dict[str, float]) -> None:
+        """Warns, once, of a penalty that outweighs the rewards and of Q values that no policy can reach."""
+        reward, args = self.data.reward, self.args
+        if "penalty_mean" in values:
+            size, penalty = reward.abs().mean().item(), values["penalty_mean"]
+            self._once("penalty", f"{penalty:.3g} a step beside rewards of mean size {size:.3g}")
+            if penalty > size:
+                self._once("warning", "the penalty outweighs the rewards: lower its coefficient, or --standardise-obs")
+        # Q <= max r / (1 - gamma), or max r where that is negative and the episode ends; alpha pays log 2 a dimension
+        best = reward.max().item() + values.get("alpha", 0.0) * self.data.action.shape[1] * math.log(2)
+        horizon = 1 / (1 - args.gamma) if getattr(args, "gamma", 1.0) < 1 else math.inf
+        slack = 0.1 * reward.abs().max().item() * horizon
+        if values.get("q", -math.inf) > (most := max(best, best * horizon)) + slack:
+            self._once("warning", f"the mean Q value is above {most:.4g}, all that the rewards allow: it overestimates")
+
+    def _once(self, kind: str, text: str) -> None:
+        if (kind, text[:20]) not in self.said:
+            tqdm.write(f"{kind:<11} {text}")
+        self.said.add((kind, text[:20]))
+
     def finish(self, policy: nn.Module) -> None:
         """policy.pt and the score."""
         data, history = self.data, self.progress["history"]
-        box = {"action_low": torch.as_tensor(data.action_low), "action_high": torch.as_tensor(data.action_high)}
+        box = {name: getattr(data, name) for name in ("action_low", "action_high", "obs_shift", "obs_scale")}
         known = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1], **asdict(self.args)}
         sizes = {name: known[name] for name in inspect.signature(type(policy)).parameters if name in known}
-        what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes, **box}
-        save(self.folder / "policy.pt", what | {"config": (self.folder / "config.json").read_text()})
-        if self.envs and history:
-            last, line = history[-self.args.score_evals :], "{:<11} {:.1f} (normalised {:.1f}), mean of the {}"
-            score, behaviour = np.mean([row["return_mean"] for row in last]), data.episode_returns.mean()
-            print(line.format("score", score, data.normalised_score(score), f"last {len(last)} evaluations"))
-            print(line.format("behaviour", behaviour, data.normalised_score(behaviour), "data's episodes"))
+        what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes}
+        what |= {name: torch.as_tensor(x) for name, x in box.items()}
+        self._write(save, self.folder / "policy.pt", what | {"config": (self.folder / "config.json").read_text()})
+        returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
+        if returns.size and not np.isnan(returns).all():
+            line, score = "{:<11} {:.1f} (normalised {:.1f}), mean of the {}", np.nanmean(returns)
+            of = f"last {len(returns)} evaluations" + f", {np.isnan(returns).sum()} failed" * bool(
+                np.isnan(returns).any()
+            )
+            print(line.format("score", score, data.normalised_score(score), of))
+            if data.ordered:
+                behaviour = data.episode_returns.mean()
+                print(line.format("behaviour", behaviour, data.normalised_score(behaviour), "data's episodes"))
         print(f"run         {self.folder}\ncurves      tensorboard --logdir {self.args.run_dir}")
 
-    def _write_config(self) -> None:
+    # --- Files ---
+    def _write(self, write: Callable, *what) -> None:
+        """write(*what), and in the sentence of a failure how the run can go on."""
+        try:
+            write(*what)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder} ({error.strerror}); {self._last_checkpoint()}") from None
+        except WriteError as error:
+            raise InputError(f"{error}; {self._last_checkpoint()}") from None
+
+    def _last_checkpoint(self) -> str:
+        if not self.saved or not (self.folder / "checkpoint.pt").exists():
+            return "there is no checkpoint yet: start again"
+        return f"the checkpoint of update {self.saved:,} is whole: {self._resume_command()}"
+
+    def _resume_command(self) -> str:
+        return shlex.join(["python", sys.argv[0], "--resume", str(self.folder), *["--trust"] * self.args.trust])
+
+    def _config(self) -> dict:
+        """Of a resumed run the first command, and what was changed after which update."""
+        args, data = asdict(self.args) | {"resume": "", "trust": False}, self.data
+        command = shlex.join(["python", f"algos/{self.algo}.py", *sys.argv[1:]])
+        if self.args.resume:
+            config = json.loads((self.folder / "config.json").read_text())
+            changed = {name: [config["args"].get(name), value] for name, value in args.items()}
+            changed = {name: pair for name, pair in changed.items() if pair[0] != json.loads(json.dumps(pair[1]))}
+            resumed = {"after_update": self.progress["update"], "command": command, "changed": changed}
+            return config | {"args": args, "resumed": [*config.get("resumed", []), resumed]}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        config = {"algo": self.algo, "args": asdict(self.args) | {"resume": ""}, "commit": commit}
-        config |= {"data_hash": self.data.data_hash, "data": self.data.source, "python": sys.version.split()[0]}
+        config = {"algo": self.algo, "args": args, "commit": commit}
+        config |= {"data_hash": data.data_hash, "data": data.source, "env": data.env_spec and data.env_spec.id}
+        config["behaviour_return"] = float(data.episode_returns.mean()) if data.ordered else None
+        config |= {"ref_scores": data.ref_scores, "python": sys.version.split()[0]}
         config["versions"] = {n: importlib.metadata.version(n) for n in ("torch", "numpy", "gymnasium", "minari")}
         config["hardware"] = f"{torch.cpu.get_capabilities().get('cpu_name', 'unknown CPU')}, {os.cpu_count()} cores"
         config["hardware"] += f", {torch.cuda.get_device_name()}" if self.device.type == "cuda" else ""
-        config["command"] = shlex.join(["python", f"algos/{self.algo}.py", *sys.argv[1:]])
-        write_text(self.folder / "config.json", json.dumps(config, indent=2))
+        return config | {"command": command}
 
-    def _save(self, modules: dict[str, nn.Module]) -> None:
+    def _save(self) -> None:
+        self._check_finite({})  # before it takes the place of a good one
         self.progress["seconds"] = time.monotonic() - self.start
         cuda_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         state = {"algo": self.algo, "data_hash": self.data.data_hash, "progress": self.progress}
-        state |= {"modules": {name: module.state_dict() for name, module in modules.items()}}
-        save(self.folder / "checkpoint.pt", state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+        state |= {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        self._write(save, self.folder / "checkpoint.pt", state)
+        self.saved = self.progress["update"]
 
-    def _restore(self, modules: dict[str, nn.Module]) -> None:
+    def _restore(self) -> None:
         folder = self.folder
         try:
             state = torch.load(folder / "checkpoint.pt", map_location=self.device, weights_only=True)
             if (state["algo"], state["data_hash"]) != (self.algo, self.data.data_hash):
                 raise InputError(f"the checkpoint in {folder} is another script's or on other data: start a new run")
-            for name, module in modules.items():
+            for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
         except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
             raise InputError(f"the checkpoint in {folder} cannot be resumed ({error}): start a new run") from None
@@ -286,63 +408,9 @@ class Run:
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         self.progress = state["progress"]
+        self.saved = self.progress["update"]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomic: a kill leaves the old file or the new one."""
-    path.with_name(f"{path.name}.tmp").write_text(text)
-    os.replace(path.with_name(f"{path.name}.tmp"), path)
-
-
-def load_policy(folder: Path | str, Actor: type[nn.Module]) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy of the finished run in `folder`, of the class that its script trains (mostly `Actor`).
-
-    It maps observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in its box. Raises
-    InputError where there is no finished run, or one whose policy is of another class.
-    """
-    try:
-        saved = torch.load(Path(folder, "policy.pt"), map_location="cpu", weights_only=True)
-        if saved["class"] != Actor.__name__:
-            raise InputError(f"the policy in {folder} is of the class {saved['class']}: give that one of its script")
-        actor = Actor(**saved["sizes"])
-        actor.load_state_dict(saved["actor"])
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{folder} holds no policy of this {Actor.__name__} ({error}): finish that run") from None
-    low, high = saved["action_low"], saved["action_high"]
-
-    @torch.no_grad()
-    def policy(obs: np.ndarray) -> np.ndarray:
-        obs = torch.as_tensor(obs, dtype=torch.float32)
-        action = actor.act(obs.reshape(-1, obs.shape[-1])).clamp(-1, 1)
-        return ((high + low) / 2 + (high - low) / 2 * action).reshape(*obs.shape[:-1], -1).numpy()
-
-    return policy
-
-
-# --- Evaluation ---
-def make_envs(data: OfflineDataset, num_envs: int) -> gym.vector.VectorEnv | None:
-    """The environments to evaluate in; None, and a line that says so, where the data name none."""
-    if data.env_spec is None:
-        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
-        return None
-    try:
-        return gym.vector.SyncVectorEnv([lambda: gym.make(data.env_spec)] * num_envs)
-    except Exception as error:  # what a package that is missing or too old raises
-        raise InputError(f"cannot make {data.env_spec.id} ({error}): install its package, or give --env-id") from None
-
-
-@torch.no_grad()
-def evaluate(policy, envs: gym.vector.VectorEnv, data: OfflineDataset, seed: list[int]) -> np.ndarray:
-    """Undiscounted returns (num_envs,) of the deterministic policy, one episode per environment.
-
-    The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
-    nothing else.
-    """
-    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(envs.num_envs).tolist())
-    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, dtype=bool)
-    while running.any():
-        action = policy.act(torch.as_tensor(obs, dtype=torch.float32, device=data.obs.device)).cpu().numpy()
-        obs, reward, terminated, truncated, _ = envs.step(data.to_env_action(action))
-        returns += reward * running
-        running &= ~(terminated | truncated)
-    return returns
+    """As `save`."""
+    atomically(path, lambda temporary: temporary.write_text(text))

@@ -8,27 +8,28 @@ Walker2d ended beyond +-100, which is a guard against diverging models and no ru
 import importlib
 import math
 import os
-import sys
 from collections.abc import Callable
 
 import torch
 from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 
-from common.dataset import InputError, OfflineDataset
+from common import InputError, add_working_directory, hides
+from common.dataset import OfflineDataset, gym_class
 
 TerminationFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # The learned rule: fewer rows of a class than MIN_ROWS cannot be fitted and checked, more than MAX_ROWS gain little.
 MIN_ROWS, MAX_ROWS, NUM_STEPS, BATCH_SIZE = 20, 60_000, 4_000, 256
 
+LOST = "(were the flags lost?)"
 
-# --- Known rules: next_obs (batch, obs_dim) -> bool (batch,) ---
+
+# --- Known rules: next_obs (batch, obs_dim), in the environment's units -> bool (batch,) ---
 def tip_height(o: Tensor) -> Tensor:
     """Of two poles of 0.6 each, by their angles, because a predicted (sin, cos) need not lie on the unit circle."""
-    first = torch.atan2(o[:, 1], o[:, 3])
-    second = first + torch.atan2(o[:, 2], o[:, 4])
-    return 0.6 * (first.cos() + second.cos())
+    first, bend = torch.atan2(o[:, 1], o[:, 3]), torch.atan2(o[:, 2], o[:, 4])
+    return 0.6 * (first.cos() + (first + bend).cos())
 
 
 def never(o: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def never(o: Tensor) -> Tensor:
     return torch.zeros(o.shape[0], dtype=torch.bool, device=o.device)
 
 
-# Each is "not healthy", so that a prediction that is no number ends the trajectory.
+# By gym_class. Each is "not healthy", as the environments say it: what is no number is not.
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "Hopper": lambda o: ~(o[:, 0].isfinite() & (o[:, 1:].abs() < 100).all(1) & (o[:, 0] > 0.7) & (o[:, 1].abs() < 0.2)),
     "Walker2d": lambda o: ~((o[:, 0] > 0.8) & (o[:, 0] < 2.0) & (o[:, 1].abs() < 1.0)),
@@ -61,9 +62,9 @@ def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None,
     """Returns (rule or None, why)."""
     if spec is None:
         return None, "the data name no environment"
-    if spec.namespace is not None or spec.name not in RULES:
+    if (name := gym_class(spec)) not in RULES:
         return None, f"{spec.id} is not in the table"
-    defaults, rule = DEFAULTS.get(spec.name, {}), RULES[spec.name]
+    defaults, rule = DEFAULTS.get(name, {}), RULES[name]
     for key, value in spec.kwargs.items():
         value = tuple(value) if isinstance(value, list) else value  # a spec read from a file has lists for tuples
         own_model = key == "xml_file" and (os.path.dirname(value) or value[0] == ".")  # a bare name is gymnasium's file
@@ -73,6 +74,23 @@ def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None,
         if rule is not never and "Observation" in wrapper.name:
             return None, f"{spec.id} is wrapped in {wrapper.name}"
     return rule, f"{spec.id} is in the table"
+
+
+def rule_warning(data: OfflineDataset) -> str:
+    """A sentence where the data's flags, which every method trusts, contradict the environment's rule; else ""."""
+    rule, _ = known_rule(data.env_spec)
+    if rule is None:
+        return ""
+    ends = torch.cat([rule(data.raw_obs(chunk)) for chunk in data.next_obs.split(2**16)])
+    terminal, known = data.terminal > 0.5, data.successor_known | (rule is never)
+    rows, by_rule, flags, differs = (int((x & known).sum()) for x in (known, ends, terminal, ends != terminal))
+    if differs <= (0 if rule is never else rows / 1000):
+        return ""
+    # no flag at all, but most of the time an episode stops where the rule ends it
+    lost = data.ordered and not terminal.any() and 2 * int((ends & data.episode_end).sum()) > by_rule
+    counts = f"ends {by_rule:,} of {rows:,} rows, the data's flags {flags:,}, and {differs:,} rows differ"
+    ask = LOST if lost else "(time limits called terminals, or another environment?)"
+    return f"the rule of {data.env_spec.id} {counts} {ask}"
 
 
 # --- Learned rule ---
@@ -91,10 +109,7 @@ def f1_threshold(logit: Tensor, terminal: Tensor) -> float:
 
 
 def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
-    """A classifier of (obs, action, next_obs), fitted to the data's terminals. Prints its precision and recall.
-
-    Raises InputError when there are fewer than MIN_ROWS terminals or other rows.
-    """
+    """A classifier of (obs, action, next_obs), fitted to the data's terminals. Prints its precision and recall."""
     device, terminal = data.obs.device, data.terminal > 0.5
     sees_next_obs = int((terminal & data.successor_known).sum()) >= MIN_ROWS
     usable = data.successor_known if sees_next_obs else torch.ones_like(terminal)
@@ -118,11 +133,14 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     x = inputs_of(torch.cat(fit))
     std, mean = torch.std_mean(x, dim=0)
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constant columns: do not blow up their rounding errors
-    x = (x - mean) / std
     with torch.random.fork_rng(devices=[]):  # initial weights that leave the caller's random numbers alone
         torch.default_generator.manual_seed(seed)
         net = nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
     net = net.to(device)
+
+    def logit(x: Tensor) -> Tensor:
+        return net((x - mean) / std).squeeze(1)  # (batch,)
+
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
     # Rare as they are, terminals fill half of each batch; the threshold makes up for it.
@@ -130,82 +148,74 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     terminals = torch.randint(len(fit[0]), (NUM_STEPS, half), generator=generator)
     others = torch.randint(len(fit[0]), len(x), (NUM_STEPS, half), generator=generator)
     for batch in torch.cat([terminals, others], dim=1).to(device):  # (BATCH_SIZE,)
-        loss = nn.functional.binary_cross_entropy_with_logits(net(x[batch]).squeeze(1), label)
+        loss = nn.functional.binary_cross_entropy_with_logits(logit(x[batch]), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    if not loss.isfinite():
+        raise InputError("termination: the fit of the learned rule diverged: look for enormous observations or actions")
     net.requires_grad_(False)
-
-    def logit(x: Tensor) -> Tensor:
-        return net((x - mean) / std).squeeze(1)  # (batch,)
-
-    def logit_of(rows: Tensor) -> Tensor:
-        return torch.cat([logit(inputs_of(chunk)) for chunk in rows.split(8192)])
-
-    threshold = f1_threshold(logit_of(choose), terminal[choose])
-    called, true = logit_of(held_out) > threshold, terminal[held_out]
+    chosen, held = (torch.cat([logit(inputs_of(chunk)) for chunk in rows.split(8192)]) for rows in (choose, held_out))
+    threshold = f1_threshold(chosen, terminal[choose])
+    called, true = held > threshold, terminal[held_out]
     hits = int((called & true).sum())
     precision, recall = hits / max(int(called.sum()), 1), hits / int(true.sum())
     how = "" if sees_next_obs else " by (obs, action) alone, as terminal rows lack successors"
     print(f"termination: learned from {counts}{how}, held-out precision {precision:.3f}, recall {recall:.3f}")
-
-    @torch.no_grad()
-    def learned(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-        return ~(logit(inputs(obs, action, next_obs)) <= threshold)
-
-    return learned
+    return torch.no_grad()(lambda obs, action, next_obs: ~(logit(inputs(obs, action, next_obs)) <= threshold))
 
 
 # --- The user's rule ---
 def imported_rule(target: str, data: OfflineDataset) -> TerminationFn:
     """target: 'module:function'. Raises InputError when it cannot be imported or does not return bool (batch,)."""
     module_name, _, function_name = target.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if not (module_name and function_name):
+        raise InputError(f"termination: {target!r} is none of auto, known, forced, learned, none and module:function")
+    add_working_directory()
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
     except Exception as error:
-        raise InputError(f"termination: cannot import {module_name} (working directory included): {error!r}") from error
+        raise InputError(f"termination: cannot import {module_name} from here: {error!r}{hides(error)}") from error
     if not callable(function):
         raise InputError(f"termination: module {module_name} has no function {function_name}")
-    function = torch.no_grad()(function)
+    rule = torch.no_grad()(lambda obs, action, next_obs: function(data.raw_obs(obs), action, data.raw_obs(next_obs)))
     rows = torch.arange(data.obs.shape[1] + 1) % len(data.obs)  # not obs_dim: that would hide a reduction over rows
     try:
-        result = function(data.obs[rows], data.action[rows], data.next_obs[rows])
+        result = rule(data.obs[rows], data.action[rows], data.next_obs[rows])
     except Exception as error:
         raise InputError(f"termination: {target} fails on rows of the data: {error!r}") from error
     shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", type(result))
     if shape != rows.shape or dtype != torch.bool:
         raise InputError(f"termination: {target} must return torch.bool of shape {rows.shape}, not {dtype} of {shape}")
     print(f"termination: {target}")
-    return function
+    return rule
 
 
 def termination_fn(mode: str, data: OfflineDataset, seed: int = 0) -> TerminationFn:
-    """mode: auto, known, learned, none or module:function; seed: of the learned rule. Prints which rule it is, and why.
+    """mode: auto, known, forced, learned, none or module:function; seed: of the learned rule. Prints which, and why.
 
+    The data may contradict the known rule: then auto takes another, known is refused, and forced takes it all the same.
     Returns a function of obs (batch, obs_dim), action (batch, action_dim) in [-1, 1] and next_obs (batch, obs_dim) that
-    gives bool (batch,): True where the step ends the episode. It can be compiled or captured. Raises InputError for
-    another mode, without a known rule, with too few terminals to learn from, and for a user's function that fails.
+    gives bool (batch,): True where the step ends the episode or next_obs is not finite. It can be compiled or captured.
     """
-    rule, why = known_rule(data.env_spec)
-    terminal = data.terminal > 0.5
-    num_terminals = int(terminal.sum())
+    (rule, why), wrong, learned = known_rule(data.env_spec), rule_warning(data), None
+    num_terminals = int((data.terminal > 0.5).sum())
     if mode == "auto":
-        mode = "known" if rule else "learned" if num_terminals else "none"
-        print(f"termination: auto chose {mode}: {why}; the data have {num_terminals:,} terminals")
-    if mode == "known":
+        can_learn = num_terminals >= (MIN_ROWS if wrong else 1)
+        other = "forced" if wrong.endswith(LOST) else "learned" if can_learn else "none"
+        mode = "known" if rule and not wrong else other
+        print(f"termination: auto chose {mode}: {wrong or why}; the data have {num_terminals:,} terminals")
+    if mode in ("known", "forced"):
         if rule is None:
             raise InputError(f"termination: no known rule, {why}: use --termination learned, none or module:function")
-        differs = (rule(data.next_obs) != terminal) & data.successor_known
-        print(f"termination: the rule of {data.env_spec.name}; it differs from the data in {int(differs.sum()):,} rows")
-        return lambda obs, action, next_obs: rule(next_obs)
-    if mode == "learned" and num_terminals:
-        return learned_rule(data, seed)
-    if mode in ("learned", "none"):
+        if wrong and mode == "known":
+            raise InputError(f"termination: {wrong}: use --termination forced (the rule all the same), learned or none")
+        print(f"termination: the rule of {data.env_spec.id}")
+    elif mode == "none" or (mode == "learned" and not num_terminals):
         print(f"termination: never; the data have {num_terminals:,} terminals")
-        return lambda obs, action, next_obs: never(next_obs)
-    if not all(mode.partition(":")):
-        raise InputError(f"termination: {mode!r} is none of auto, known, learned, none and module:function")
-    return imported_rule(mode, data)
+        rule = never
+    else:
+        learned = learned_rule(data, seed) if mode == "learned" else imported_rule(mode, data)
+    ends = learned or (lambda obs, action, next_obs: rule(data.raw_obs(next_obs)))
+    return lambda obs, action, next_obs: ends(obs, action, next_obs) | ~next_obs.isfinite().all(dim=1)

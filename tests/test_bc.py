@@ -38,7 +38,9 @@ def episodes(tmp_path):
     end = np.append(np.diff(number) > 0, True)
     reward = np.repeat(np.array(scores) / lengths, lengths)
     obs, zeros = np.repeat(number[:, None], OBS_DIM, 1).astype(float), np.zeros((len(number), ACTION_DIM))
-    arrays = {"observations": obs, "next_observations": obs, "actions": zeros, "rewards": reward}
+    obs[:, 1] = np.arange(len(obs))
+    arrays = {"observations": obs, "next_observations": obs + (np.arange(OBS_DIM) == 1), "actions": zeros}
+    arrays["rewards"] = reward
     np.savez(tmp_path / "own.npz", **arrays, terminals=end & (number % 2 == 0), timeouts=end & (number % 2 == 1))
     return load_dataset(str(tmp_path / "own.npz"))
 

@@ -1,10 +1,14 @@
 """common/dataset.py: every row's successor is the true one, time limits are no terminals, bad input says what to do."""
 
 import itertools
+import json
 import os
 import re
 import shutil
+import sys
+import tarfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +21,12 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete, flatten
 from minari.data_collector import EpisodeBuffer
+from minari.serialization import serialize_space
 
+import common
 import common.dataset as dataset_module
 from benchmarks.collect import record_random
-from common.dataset import DEFAULT_DATASET, InputError, cache_dir, load_dataset
+from common.dataset import DEFAULT_DATASET, InputError, cache_dir, gym_class, load_dataset, ref_scores_of
 
 TENSORS = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")
 
@@ -336,7 +342,9 @@ def test_recording_of_a_dictionary_environment_is_flat(reach_episodes):
     record_random("Reach-v0", "toy/random-v0", num_steps=8, seed=0)
     data = load_dataset("toy/random-v0")
     env = gym.make(data.env_spec)
-    assert np.array_equal(data.obs[0], env.reset(seed=0)[0].astype(np.float32)) and data.obs.shape == (8, 5)
+    # one episode: the goal is a constant, which is centred
+    assert np.array_equal(data.obs[0], data.to_obs(env.reset(seed=0)[0])) and data.obs.shape == (8, 5)
+    assert np.array_equal(data.raw_obs(data.obs)[0], env.reset(seed=0)[0])
 
 
 # --- Embedded default ---
@@ -626,7 +634,6 @@ def test_action_widths_that_do_not_fit_give_a_sentence(tmp_path):
     (dict(obs_space=Dict(a=Box(-9, 9, (2,)), b=Discrete(3)), action_space=Box(-1, 1, (1,))), "Discrete.* not discrete"),
     (dict(obs_space=Dict(a=Box(0, 255, (4, 4), np.uint8)), action_space=Box(-1, 1, (1,))), "not discrete or image"),
     (dict(obs_space=Dict(a=Dict(b=Box(-9, 9, (2,)))), action_space=Box(-1, 1, (1,))), "only vectors"),
-    (dict(obs_space=Box(-9, 9, (2,)), action_space=Box(-np.inf, np.inf, (1,))), "finite bounds"),
 ])  # fmt: skip
 def test_minari_spaces_that_are_not_supported_give_a_sentence(spaces, words):
     write_minari("toy/a-v0", [], **spaces)
@@ -683,3 +690,372 @@ def test_a_box_that_is_not_symmetric_is_mapped_to_minus_1_to_1_and_back():
     np.testing.assert_allclose(
         data.to_env_action(np.float32([[-1, 0], [0.5, 1], [-3, 3]])), [[0, 2], [0.75, 6], [0, 6]]
     )
+
+
+# --- Code never runs from data ---
+def change_metadata(folder: Path, **changes) -> dict:
+    """Rewrites what stands beside the data; None removes a key. Returns the new metadata."""
+    file = folder / "data" / "metadata.json"
+    metadata = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
+    return metadata
+
+
+def write_pendulum(**spec) -> Path:
+    """A recording of two episodes of Pendulum-v1 whose stored environment is changed by `spec`."""
+    rng, end = np.random.default_rng(0), np.arange(4) == 3
+    episode = rng.normal(size=(5, 3)), rng.uniform(-2, 2, (4, 1)).astype(np.float32), end * 1.0, end & False, end
+    folder = write_minari("toy/pendulum-v0", [episode] * 2, env="Pendulum-v1")
+    stored = json.loads(json.loads((folder / "data" / "metadata.json").read_text())["env_spec"])
+    change_metadata(folder, env_spec=json.dumps(stored | spec))
+    return folder
+
+
+def command(marker: Path) -> dict:
+    return {"entry_point": "subprocess:check_output", "kwargs": {"args": ["touch", str(marker)]}}
+
+
+NONE = {"kwargs": {}}
+HOSTILE = {
+    "entry point": (command, "subprocess:check_output"),
+    "module beside the data": (lambda _: {"entry_point": "hostile:Env", "id": "Hostile-v0"}, "hostile:Env"),
+    "vector entry point": (lambda _: {"vector_entry_point": "hostile:Env"}, "hostile:Env"),
+    "wrapper": (lambda marker: {"additional_wrappers": [{"name": "TimeLimit", **command(marker)}]}, "check_output"),
+    "function beside gymnasium's wrappers": (
+        lambda _: {"additional_wrappers": [{"name": "x", "entry_point": "gymnasium.wrappers.common:deepcopy", **NONE}]},
+        "gymnasium.wrappers.common:deepcopy",
+    ),
+    "environment inside": (lambda _: {"kwargs": {"env_id": "hostile:Env-v0"}}, "hostile:Env-v0"),
+    "entry point of this program": (lambda _: {"entry_point": "common.dataset:cache_dir"}, "common.dataset:cache_dir"),
+}
+
+
+@pytest.mark.parametrize("has_spaces", [True, False])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_only_the_data_name_is_not_run_but_named(case, has_spaces, tmp_path, monkeypatch):
+    spec, word = HOSTILE[case]
+    folder = write_pendulum(**spec(tmp_path / "ran"))
+    (folder / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    if not has_spaces:  # Minari makes the environment when it opens the folder
+        change_metadata(folder, action_space=None)
+    monkeypatch.chdir(folder)  # where the working directory is importable
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(InputError, match=f"would run code: entry point .*{word}.*--trust"):
+        load_dataset("toy/pendulum-v0")
+    if has_spaces:
+        assert load_dataset("toy/pendulum-v0", env_id="Pendulum-v1").env_spec == gym.spec("Pendulum-v1")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_trust_runs_what_the_data_name(tmp_path, monkeypatch):
+    folder = write_pendulum(entry_point="trusted_simulator:Simulator", id="Simulator-v0")
+    (tmp_path / "trusted_simulator.py").write_text(
+        "from gymnasium.envs.classic_control.pendulum import PendulumEnv\nclass Simulator(PendulumEnv): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    env = gym.make(load_dataset(str(folder), trust=True).env_spec)
+    assert type(env.unwrapped).__name__ == "Simulator"
+
+
+def test_a_package_that_is_missing_costs_only_the_environment():
+    write_pendulum(entry_point="no_such_package.envs:Env", id="Maze-v0", kwargs={"maze_map": [[1, 0]]})
+    data = load_dataset("toy/pendulum-v0")
+    assert len(data.obs) == 8 and data.env_spec.id == "Maze-v0"
+    with pytest.raises(gym.error.Error):
+        gym.make(data.env_spec)
+
+
+@pytest.mark.parametrize("space", [
+    {"type": "Box", "dtype": "__import__('os').system('touch ran')", "shape": [1], "low": [-2.0], "high": [2.0]},
+    {"type": "os:getcwd", "shape": [1]},
+])  # fmt: skip
+def test_spaces_are_parsed_and_never_evaluated(space, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change_metadata(write_pendulum(), action_space=json.dumps(space))
+    with pytest.raises(InputError, match="Cannot read"):
+        load_dataset("toy/pendulum-v0")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_settings_and_gymnasiums_own_wrappers_of_a_registered_environment_are_taken_over():
+    wrappers = [{"name": "ClipReward", "entry_point": "gymnasium.wrappers.transform_reward:ClipReward",
+                 "kwargs": {"min_reward": -1.0, "max_reward": None}}]  # fmt: skip
+    write_pendulum(kwargs={"g": 5.0}, additional_wrappers=wrappers, max_episode_steps=7)
+    env = gym.make(load_dataset("toy/pendulum-v0").env_spec)
+    assert env.unwrapped.g == 5.0 and env.spec.max_episode_steps == 7
+    assert isinstance(env, gym.wrappers.ClipReward)
+
+
+# --- Metadata that cannot be ---
+@pytest.mark.parametrize("key", ["total_steps", "total_episodes"])
+@pytest.mark.parametrize("value", [[12], "many", "", -1, True, 1.5, None])
+def test_counts_that_are_none_give_a_sentence(key, value):
+    change_metadata(write_small_minari(), **{key: value})
+    with pytest.raises(InputError, match=f"{key}, not a count"):
+        load_dataset("toy/small-v0")
+
+
+def test_arrays_of_other_widths_than_promised_are_not_repeated_to_fit():
+    change_metadata(write_small_minari(), action_space=serialize_space(Box(-1, 1, (3,))))
+    with pytest.raises(InputError, match=r"actions \(4, 1\) where \(4, 3\) are promised"):
+        load_dataset("toy/small-v0")
+
+
+def test_reference_scores_that_cannot_be_are_left_out():
+    for low, high in ((1.0, 1.0), (2.0, 1.0), (None, 3.0), (float("nan"), 1.0), (0.0, float("inf"))):
+        shutil.rmtree(Path(os.environ["MINARI_DATASETS_PATH"]), ignore_errors=True)
+        change_metadata(write_small_minari(), ref_min_score=low, ref_max_score=high)
+        assert load_dataset("toy/small-v0").ref_scores is None
+
+
+def mutants(seed: int, num: int) -> Iterator[str]:
+    """Metadata with one value exchanged or removed, or with wrong bytes."""
+    rng, folder = np.random.default_rng(seed), write_pendulum(kwargs={"g": 9.0})
+    text = (folder / "data" / "metadata.json").read_text()
+    values = [None, [], {}, "", "word", -1, 0, 3, 1.5, True, float("nan"), 10**15, [[1]], "os:getcwd", "\n"]
+    for i in range(num):
+        metadata = json.loads(text)
+        nested = {key: json.loads(metadata[key]) for key in ("env_spec", "observation_space", "action_space")}
+        where = [metadata, *nested.values()][rng.integers(4)]
+        where[list(where)[rng.integers(len(where))]] = values[rng.integers(len(values))]
+        metadata |= {key: json.dumps(value) for key, value in nested.items() if metadata[key]}
+        mutant = json.dumps(metadata)
+        if i % 3 == 0:
+            at = rng.integers(len(text))
+            mutant = text[:at] + chr(rng.integers(32, 127)) + text[at + rng.integers(3) :]
+        (folder / "data" / "metadata.json").write_text(mutant)
+        yield mutant
+
+
+def test_no_metadata_give_a_traceback(capsys):
+    outcomes = {"loaded": 0, "refused": 0}
+    for mutant in mutants(seed=0, num=300):
+        try:
+            load_dataset("toy/pendulum-v0")
+            outcomes["loaded"] += 1
+        except InputError as error:
+            assert "\n" not in str(error), error
+            outcomes["refused"] += 1
+        except Exception:
+            pytest.fail(mutant)
+    assert min(outcomes.values()) > 30, outcomes
+
+
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+def test_no_changed_bytes_of_a_file_give_a_traceback(suffix, tmp_path, capsys):
+    rng, path = np.random.default_rng(0), tmp_path / f"a.{suffix}"
+    write_hdf5(path, make_rows()) if suffix == "hdf5" else np.savez(path, **make_rows())
+    whole = path.read_bytes()
+    for i in range(100):
+        contents = bytearray(whole[: rng.integers(len(whole)) if i % 4 == 0 else None])
+        for _ in range(rng.integers(1, 8) if contents else 0):
+            contents[rng.integers(len(contents))] = rng.integers(256)
+        path.write_bytes(contents)
+        try:
+            load_dataset(str(path))
+        except InputError:
+            pass
+
+
+# --- Identity ---
+def test_contents_that_changed_behind_an_equal_time_and_size_are_read_again(counted):
+    name, file, reads = counted
+    first, stat = load_dataset(name), file.stat()
+    with h5py.File(file, "r+") as opened:
+        (opened["rewards"] if "rewards" in opened else opened["episode_0/rewards"])[0] = 100.0
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    changed = load_dataset(name)
+    assert changed.reward[0] == 100.0 and changed.data_hash != first.data_hash and len(reads) == 2
+
+
+def test_a_release_unpacked_over_the_old_one_with_a_fixed_time_is_read_again(tmp_path):
+    means = []
+    for factor in (1, -1):
+        rows = make_rows()
+        np.savez(tmp_path / "log.npz", **rows | {"rewards": factor * rows["rewards"]})
+        with tarfile.open(tmp_path / "release.tar", "w") as archive:
+            entry = archive.gettarinfo(tmp_path / "log.npz", "log.npz")
+            entry.mtime = 1_700_000_000
+            archive.addfile(entry, (tmp_path / "log.npz").open("rb"))
+        with tarfile.open(tmp_path / "release.tar") as archive:
+            archive.extractall(tmp_path, filter="data")
+        means.append(load_dataset(str(tmp_path / "log.npz")).reward.mean())
+    assert means[0] == -means[1]
+
+
+def test_where_neither_times_nor_inodes_tell_the_contents_do(tmp_path, monkeypatch):
+    real = os.fstat(0)
+    monkeypatch.setattr(os, "fstat", lambda file: SimpleNamespace(
+        st_size=os.lseek(file, 0, os.SEEK_END), st_mtime_ns=0, st_ctime_ns=0, st_ino=0, st_mode=real.st_mode
+    ))  # fmt: skip
+    path, versions = tmp_path / "a.npz", set()
+    for place in (None, 0, 2_000_000, -1):
+        contents = bytearray(3_000_000)
+        contents[place or 0] = place is not None
+        path.write_bytes(contents)
+        versions.add(dataset_module._version(path))
+    assert len(versions) == 4
+
+
+def test_metadata_of_a_minari_dataset_are_part_of_what_it_is():
+    folder = write_small_minari() / "data"
+    first = dataset_module._version(folder)
+    assert dataset_module._version(folder) == first
+    (folder / "metadata.json").write_text((folder / "metadata.json").read_text() + " ")
+    assert dataset_module._version(folder) != first
+
+
+# --- One sentence for one cause ---
+def spaced(action_space) -> type[gym.Env]:
+    space = action_space
+
+    class Spaced(gym.Env):
+        observation_space, action_space = Box(-9, 9, (2,), np.float32), space
+
+    return Spaced
+
+
+def test_an_environment_without_action_bounds_is_told_what_helps(tmp_path, monkeypatch):
+    env = spaced(Box(-np.inf, np.inf, (1,)))
+    monkeypatch.setitem(gym.registry, "Open-v0", EnvSpec("Open-v0", entry_point=env))
+    path = write_hdf5(tmp_path / "a.hdf5", make_rows())
+    with pytest.raises(InputError, match="without bounds: wrap it in TransformAction"):
+        load_dataset(path, env_id="Open-v0")
+
+    def bounded() -> gym.Env:  # what the sentence says
+        return gym.wrappers.TransformAction(env(), lambda action: action, Box(-1, 1, (1,)))
+
+    monkeypatch.setitem(gym.registry, "Open-v0", EnvSpec("Open-v0", entry_point=bounded))
+    assert load_dataset(path, env_id="Open-v0").action_high == [1.0]
+
+
+def test_unbounded_components_take_the_range_of_the_data_and_a_note_says_so(capsys):
+    (observations, _, *steps), *_ = made_up_episodes((3,), "t", action_dim=2)
+    logged = np.float32([[-3, -0.5], [1, 0], [5, 0.5]])
+    space = Box(np.float32([-np.inf, -1]), np.float32([np.inf, 1]))
+    write_minari("toy/log-v0", [(observations, logged, *steps)], obs_space=Box(-9, 9, (2,)), action_space=space)
+    data = load_dataset("toy/log-v0")
+    assert data.action_low.tolist() == [-3, -1] and data.action_high.tolist() == [5, 1]
+    assert data.action.tolist() == [[-1, -0.5], [0, 0], [1, 0.5]]
+    assert "toy/log-v0 have no bounds: the data's own range is taken, [-3, 5], [-1, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["env_id", "minari"])
+def test_a_component_whose_bounds_are_equal_is_a_constant(layout, tmp_path, monkeypatch, capsys):
+    space, rows = Box(np.float32([-2, 3]), np.float32([2, 3])), make_rows((3,), "t", action_dim=2)
+    rows["actions"] = np.float32([[-2, 3], [0, 3], [2, 3]])
+    if layout == "env_id":
+        monkeypatch.setitem(gym.registry, "Fixed-v0", EnvSpec("Fixed-v0", spaced(space), disable_env_checker=True))
+        data = load_dataset(write_hdf5(tmp_path / "a.hdf5", rows), env_id="Fixed-v0")
+    else:
+        (observations, _, *steps), *_ = made_up_episodes((3,), "t", action_dim=2)
+        write_minari(
+            "toy/a-v0", [(observations, rows["actions"], *steps)], obs_space=Box(-9, 9, (2,)), action_space=space
+        )
+        data = load_dataset("toy/a-v0")
+    assert data.action.tolist() == [[-1, 0], [0, 0], [1, 0]] and "clipped" not in capsys.readouterr().err
+    assert data.to_env_action(np.float32([[1, -1], [0.5, 1]])).tolist() == [[2, 3], [1, 3]]
+
+
+def test_a_constant_that_the_data_do_not_keep_is_counted(tmp_path, monkeypatch, capsys):
+    space = Box(np.float32([3]), np.float32([3]))
+    monkeypatch.setitem(gym.registry, "Fixed-v0", EnvSpec("Fixed-v0", spaced(space), disable_env_checker=True))
+    rows = make_rows() | {"actions": np.full((12, 1), 3, np.float32)}
+    rows["actions"][4] = 2.9
+    data = load_dataset(write_hdf5(tmp_path / "a.hdf5", rows), env_id="Fixed-v0")
+    assert not data.action.any() and "1 of 12 actions" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_common(tmp_path, monkeypatch):
+    """A working directory with a package `common` of its own, as many repositories have one."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("RADIUS = 1.0\n")
+    (tmp_path / "common" / "geometry.py").write_text("SIDES = 4\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(common, "__path__", list(common.__path__))
+    yield tmp_path
+    for name in ("common.geometry", "own_simulator"):
+        sys.modules.pop(name, None)
+    gym.registry.pop("Own-v0", None)
+
+
+def write_own_simulator(folder: Path, first_line: str) -> None:
+    register = (
+        "import gymnasium as gym\ngym.register('Own-v0', 'gymnasium.envs.classic_control.pendulum:PendulumEnv')\n"
+    )
+    (folder / "own_simulator.py").write_text(f"{first_line}\n{register}")
+
+
+def test_a_package_of_the_user_called_common_is_seen_beside_this_one(own_common):
+    write_own_simulator(own_common, "from common.geometry import SIDES; from common.dataset import load_dataset")
+    assert load_dataset(DEFAULT_DATASET, env_id="own_simulator:Own-v0").env_spec.id == "Own-v0"
+
+
+@pytest.mark.parametrize("line", ["from common import RADIUS", "import common; common.RADIUS", "import common.gone"])
+def test_where_this_package_hides_the_users_the_sentence_says_so(line, own_common):
+    write_own_simulator(own_common, line)
+    with pytest.raises(InputError, match="this project's own package `common` hides yours"):
+        load_dataset(DEFAULT_DATASET, env_id="own_simulator:Own-v0")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+def test_rows_of_unequal_lengths_or_words_give_a_sentence(suffix, tmp_path):
+    path, unequal = tmp_path / f"a.{suffix}", np.empty(12, object)
+    unequal[:] = [np.zeros(i % 3, np.float32) for i in range(12)]
+    if suffix == "npz":
+        np.savez(path, **make_rows() | {"observations": unequal})
+    else:
+        write_hdf5(path, without(make_rows(), "observations"))
+        with h5py.File(path, "r+") as file:
+            file.create_dataset("observations", data=unequal, dtype=h5py.vlen_dtype(np.float32))
+    with pytest.raises(InputError, match="one array of numbers"):
+        load_dataset(str(path))
+
+
+def test_a_folder_of_episode_files_is_told_to_join_them(tmp_path):
+    for i in range(3):
+        np.savez(tmp_path / f"episode_{i}.npz", **make_rows(seed=i))
+    with pytest.raises(InputError, match="3 data files, such as episode_0.npz: join them into one file"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["NPZ", "HDF5", "H5"])
+def test_suffixes_may_be_upper_case(suffix, tmp_path):
+    write_hdf5(tmp_path / f"a.{suffix}", make_rows())
+    if suffix == "NPZ":
+        np.savez((tmp_path / f"a.{suffix}").open("wb"), **make_rows())
+    assert len(load_dataset(str(tmp_path / f"a.{suffix}")).obs) == 12
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", "~/kept")
+    write_hdf5(tmp_path / "a.hdf5", make_rows())
+    assert len(load_dataset("~/a.hdf5").obs) == 12
+    assert list((tmp_path / "kept" / "datasets").glob("*.npz"))
+    with pytest.raises(InputError, match="There is no file"):
+        load_dataset("~nobody_of_this_name/a.hdf5")
+
+
+# --- Whose environment it is ---
+@pytest.mark.parametrize("name", ["Hopper", "HalfCheetah", "Walker2d", "Ant", "Pendulum"])
+def test_every_version_of_gymnasiums_own_environment_has_its_reference_scores(name):
+    specs = [spec for spec in gym.registry.values() if spec.name == name and spec.namespace is None]
+    assert specs and all(gym_class(spec) == name and ref_scores_of(spec) for spec in specs)
+
+
+def test_the_class_counts_and_not_the_name_it_is_registered_under(tmp_path, monkeypatch):
+    from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+
+    for entry_point, name in (
+        (HopperEnv, "Hopper"), ("gymnasium.envs.mujoco.hopper_v5:HopperEnv", "Hopper"),
+        (ReachEnv, None), ("puck:Puck", None), ("my.gymnasium.envs:HopperEnv", None), (None, None),
+    ):  # fmt: skip
+        assert gym_class(EnvSpec("Hopper-v9", entry_point=entry_point)) == name
+    assert gym_class(None) is None and gym_class(EnvSpec("own/Hopper-v5", entry_point=HopperEnv)) is None
+    monkeypatch.setitem(gym.registry, "Hopper-v9", EnvSpec("Hopper-v9", entry_point=spaced(Box(-1, 1, (1,)))))
+    data = load_dataset(write_hdf5(tmp_path / "a.hdf5", make_rows()), env_id="Hopper-v9")
+    assert data.ref_scores is None and np.isnan(data.normalised_score(1.0))

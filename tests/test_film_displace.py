@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -51,14 +52,14 @@ def test_what_forced_actions_cost_is_measured_beside_the_undisturbed_policy(name
 
 
 def test_forced_actions_are_uniform_and_what_follows_them_is_handed_over():
-    envs = gym.vector.SyncVectorEnv([lambda: gym.make("InvertedPendulum-v5")] * 6)
-    data, sent, step = SimpleNamespace(to_env_action=lambda action: 3 * action, action_low=np.zeros(1)), [], envs.step
-    envs.step = lambda action: sent.append(action) or step(action)
-    policy = lambda obs: 0.3 * obs[:, 1:2]  # noqa: E731  so weak that it falls, sooner or later
-    undisturbed, _ = displace.evaluate(policy, envs, data, [0, 500], range(0))
+    envs = [gym.make("InvertedPendulum-v5") for _ in range(6)]
+    data, sent = SimpleNamespace(to_env_action=lambda action: 3 * action, action_low=np.zeros(1)), []
+    data.to_env_action = lambda action: sent.append(3 * action) or 3 * action
+    policy = lambda obs: sent.append(0.3 * obs[:, 1:2]) or 0.3 * obs[:, 1:2]  # noqa: E731  so weak that it falls
+    undisturbed, _ = displace.evaluate(policy, envs, data, [0, 500], 6, range(0))
     calm = np.array(sent)
     sent.clear()
-    returns, after = displace.evaluate(policy, envs, data, [0, 500], range(2, 4))
+    returns, after = displace.evaluate(policy, envs, data, [0, 500], 6, range(2, 4))
     forced = np.array(sent)
     np.testing.assert_array_equal(forced[:2], calm[:2])
     assert np.abs(forced[2:4]).max() > 1.5 > np.abs(calm).max() and np.abs(forced[2:4]).max() <= 3
@@ -68,19 +69,31 @@ def test_forced_actions_are_uniform_and_what_follows_them_is_handed_over():
     np.testing.assert_array_equal(forced[4][there], policy(after[0]))  # where the fifth action was chosen
 
 
+def test_a_simulator_of_which_fewer_can_exist_gives_as_many_episodes():
+    data = SimpleNamespace(to_env_action=lambda action: 2 * action, action_low=np.zeros(1))
+    envs = [gym.make("Pendulum-v1") for _ in range(5)]
+    policy = lambda obs: 0.5 * obs[:, 1:2]  # noqa: E731
+    returns, after = displace.evaluate(policy, envs, data, [3, 4], 5, range(0))
+    few, then = displace.evaluate(policy, envs[:2], data, [3, 4], 5, range(0))
+    np.testing.assert_allclose(few, returns)
+    assert len(after) == len(then) == 200 and after[7].shape == (5, 3)
+    np.testing.assert_allclose(then[7], after[7], rtol=1e-5)
+
+
 def test_displaced_half_way_through_the_median_episode_and_the_distance_in_standard_deviations(monkeypatch):
-    data = SimpleNamespace(obs=torch.tensor([[0.0, 0.0], [2.0, 20.0]]))  # deviations 1.41 and 14.1
+    # deviations 1.41 and 14.1; the environment's own observations are twice as large
+    data = SimpleNamespace(obs=torch.tensor([[0.0, 0.0], [2.0, 20.0]]), to_obs=lambda obs: np.float32(obs / 2))
     calls = []
 
-    def evaluate(policy, envs, data, seed, forced):
+    def evaluate(policy, envs, data, seed, num, forced):
         calls.append((seed, forced))
         if len(calls) == 1:  # undisturbed: episodes of 3, 8 and 9 steps
             return np.array([1.0]), [np.zeros((num, 2)) for num in (3, 3, 3, 2, 2, 2, 2, 2, 1)]
-        there = [np.array([[0.0, 10.0]])] * 50 + [np.array([[0.0, 1000.0]])] * 9
+        there = [np.array([[0.0, 20.0]])] * 50 + [np.array([[0.0, 1000.0]])] * 9
         return np.array([1.0]), there if len(forced) < 15 else []
 
     monkeypatch.setattr(displace, "evaluate", evaluate)
-    rows = displace.displace(None, SimpleNamespace(num_envs=3), data, [3, 70])
+    rows = displace.displace(None, [], data, [3, 70], 3)
     assert calls == [([3, 70], range(0))] + [([3, 70], range(4, 4 + num)) for num in (0, 5, 10, 15)]
     assert [row["distance"] for row in rows] == pytest.approx([0.5**0.5] * 3 + [np.nan], nan_ok=True)
     assert [row["episodes"] for row in rows] == [1, 1, 1, 0] and {row["step"] for row in rows} == {4}
@@ -90,12 +103,12 @@ def test_distances_are_those_of_the_nearest_standardised_logged_states(monkeypat
     rng = np.random.default_rng(0)
     # the last dimension is constant in the data
     logged, visited = (rng.normal(size=(n, 3)) * [1, 100, 0] + [0, 1_000, last] for n, last in ((300, 5.3), (40, 5.4)))
-    data = SimpleNamespace(obs=torch.tensor(logged, dtype=torch.float32))
+    data = SimpleNamespace(obs=torch.tensor(logged, dtype=torch.float32), to_obs=lambda obs: obs)
     after = [visited[i : i + 10].astype(np.float32) for i in range(0, 40, 10)]
     monkeypatch.setattr(displace, "evaluate", lambda *_: (np.ones(10), after))
     apart = ((visited[:, None] - logged) / [*logged.std(axis=0, ddof=1)[:2], 1]) ** 2
     expected = np.sqrt(apart.sum(axis=2)).min(axis=1).mean()
-    rows = displace.displace(None, SimpleNamespace(num_envs=10), data, [0, 0])
+    rows = displace.displace(None, [], data, [0, 0], 10)
     assert [row["distance"] for row in rows] == pytest.approx([expected] * 4, rel=1e-4)
 
 
@@ -114,7 +127,9 @@ def test_runs_that_are_not_finished_or_know_no_environment_are_refused_in_one_se
         assert "\n" not in str(caught.value)
         return str(caught.value).replace(str(tmp_path), "T")
 
-    assert error(tmp_path / "no", runs / "bc").startswith("no run in T/no: ") and error().startswith("no run in")
+    assert error(tmp_path / "no", runs / "bc").startswith("no run in T/no: ") and error().startswith(
+        "no run was named: "
+    )
     begun = Path(shutil.copytree(runs / "bc", tmp_path / "begun"))
     (begun / "policy.pt").unlink()
     assert "T/begun is no finished run" in error(begun)
@@ -129,6 +144,48 @@ def test_runs_that_are_not_finished_or_know_no_environment_are_refused_in_one_se
     config = (blind / "config.json").read_text()
     (blind / "config.json").write_text(config.replace('"pendulum/random-v0"', f'"{tmp_path}/a.npz"', 1))
     assert "T/a.npz names no environment" in error(blind)
+
+
+@pytest.mark.parametrize("main", [displace.main, film.main])
+def test_what_a_run_folder_names_is_imported_with_trust_alone(main, runs, tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text("import gymnasium as gym\ngym.register('Theirs-v0', lambda **_: 1 / 0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = Path(shutil.copytree(runs / "bc", tmp_path / "run"))
+    config = json.loads((folder / "config.json").read_text())
+    config["args"]["env_id"] = "theirs:Theirs-v0"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="names theirs:Theirs-v0, code of .*: give --trust to import theirs$"):
+        main(film.Args(runs=(folder,)))
+    assert "theirs" not in sys.modules
+    with pytest.raises(InputError, match="Cannot make environment 'theirs:Theirs-v0'"):
+        main(film.Args(runs=(folder,), trust=True))
+    assert sys.modules.pop("theirs")
+    (folder / "config.json").write_text(json.dumps(config | {"algo": "theirs"}))
+    with pytest.raises(InputError, match="there is no algos/theirs.py"):
+        main(film.Args(runs=(folder,), trust=True))
+
+
+@pytest.mark.parametrize("main, name", [(displace.main, "displaced.csv"), (film.main, "video.gif")])
+def test_what_cannot_be_written_is_one_sentence_and_leaves_no_half_file(main, name, runs, tmp_path, monkeypatch):
+    folder = Path(
+        shutil.copytree(runs / "bc", tmp_path / "run", ignore=shutil.ignore_patterns("*.gif", "displaced.csv"))
+    )
+    (folder / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match=f"^cannot write {folder / name} "):
+        main(film.Args(runs=(Path("~/run"),)))
+    assert not list(folder.glob("*.tmp")) and (folder / name).is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"args": []}, {"args": {"dataset": "pendulum/random-v0", "env_id": ""}}, {"algo": None}]
+)
+def test_a_damaged_run_is_refused_in_one_sentence(damage, runs, tmp_path):
+    folder = Path(shutil.copytree(runs / "bc", tmp_path / "run"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | damage))
+    with pytest.raises(InputError, match=f"^{folder}"):
+        displace.main(film.Args(runs=(folder,)))
 
 
 def test_what_cannot_be_rendered_is_said(runs, monkeypatch):

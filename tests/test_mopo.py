@@ -440,20 +440,20 @@ def test_penalty_coef_changes_nothing_but_the_reward_and_that_by_lambda_u():
     def ends(obs, action, next_obs):
         return next_obs[:, 0] > 8
 
-    (plain, u), (paid, same_u) = (
+    (plain, nothing), (paid, penalty) = (
         run_rollout(dynamics, distinct_starts(300), ends, rollout_length=4, penalty_coef=coef) for coef in (0.0, 2.5)
     )
     others = [i for i in range(plain.shape[1]) if i != REWARD]
-    assert torch.equal(plain[:, others], paid[:, others]) and torch.equal(u, same_u)
-    assert torch.equal(paid[:, REWARD], plain[:, REWARD] - 2.5 * u) and (u > 0).all()
+    assert torch.equal(plain[:, others], paid[:, others]) and (nothing == 0).all()
+    assert torch.equal(paid[:, REWARD], plain[:, REWARD] - penalty) and (penalty > 0).all()
     assert plain[:, TERMINAL].any()  # the rollouts really ended here and there
 
 
 def test_every_rows_penalty_is_by_the_largest_deviation_of_all_members_at_its_state():
     dynamics = StubDynamics([0.1, 0.2, 0.3, 0.4], SOME_STD, [3, 0, 1])  # member 2 is no elite
     starts = distinct_starts(2_300)
-    rows, u = run_rollout(dynamics, starts, rollout_length=3)
-    torch.testing.assert_close(u, NORM_2 * (1 + rows[:, 0].abs()))
+    rows, penalty = run_rollout(dynamics, starts, rollout_length=3, penalty_coef=2.0)
+    torch.testing.assert_close(penalty, 2 * NORM_2 * (1 + rows[:, 0].abs()))
 
 
 def test_penalty_does_not_depend_on_the_member_that_simulates():

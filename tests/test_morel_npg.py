@@ -410,10 +410,13 @@ def test_the_policy_learns_to_walk_around_a_hole_in_the_data(threshold, avoids):
 # --- A run ---
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Calls the script on 400 steps of a pendulum; returns the run's folder."""
+    """Calls the script on 400 steps of a walk of three numbers; returns the run's folder."""
     rng = np.random.default_rng(0)
-    obs, action = rng.normal(size=(400, 3)), rng.uniform(-2, 2, (400, 1))
-    arrays = {"observations": obs, "actions": action, "rewards": obs[:, 0], "next_observations": obs + 0.1 * action}
+    action, first = rng.uniform(-2, 2, (400, 1)), rng.normal(size=(8, 1, 3))
+    walk = 0.1 * np.cumsum(action.reshape(8, 50, 1), axis=1)
+    obs, next_obs = (first + np.pad(walk, ((0, 0), (1, 0), (0, 0))))[:, :-1], first + walk
+    arrays = {"observations": obs.reshape(400, 3), "next_observations": next_obs.reshape(400, 3), "actions": action}
+    arrays["rewards"] = obs.reshape(400, 3)[:, 0]
     np.savez(tmp_path / "own.npz", **arrays, terminals=np.zeros(400, bool), timeouts=np.arange(400) % 50 == 49)
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
 

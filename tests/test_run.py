@@ -5,6 +5,9 @@ import importlib
 import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from filelock import FileLock
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._inductor.utils import fresh_cache
 
@@ -25,7 +30,8 @@ import algos.mopo as mopo
 import common.run
 from common import InputError, machine
 from common.dataset import load_dataset
-from common.run import evaluate, load_policy, make_envs, read_args
+from common.evaluation import evaluate, load_policy, make_envs
+from common.run import folder_name, read_args
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +172,12 @@ def test_load_policy_gives_the_policy_that_was_evaluated_in_the_environments_box
     obs, data = np.random.default_rng(0).normal(size=(5, 7, 3)), load_dataset("pendulum/random-v0")
     with torch.no_grad():
         wanted = seen[-1].act(torch.tensor(obs, dtype=torch.float32).flatten(0, 1)).numpy()
-    action = load_policy(folder, type(seen[-1]))(obs)
+    recipe = re.search(r"```python\n(from algos.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {"algos.mopo": f"algos.{script}", "Actor": type(seen[-1]).__name__, "runs/my-run": str(folder)}
+    for name, other in names.items():
+        recipe = recipe.replace(name, other)
+    exec(recipe, found := {"obs": obs})
+    action = found["action"]
     np.testing.assert_allclose(action.reshape(-1, 1), data.to_env_action(wanted), rtol=1e-6)
     np.testing.assert_allclose(load_policy(folder, type(seen[-1]))(obs[0, 0]), action[0, 0], atol=1e-5)  # one state
     if flags:
@@ -402,12 +413,53 @@ def test_ctrl_c_leaves_a_checkpoint_and_prints_the_resume_command(home, tmp_path
 
 
 def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
-    folder = run("--penalty-coef", "0.125", "--gamma", "0.9", "--hidden-sizes", "8", "4")
+    flags = ("--actor-lr-schedule", "constant", "--penalty-coef", "0.125", "--gamma", "0.9", "--hidden-sizes", "8", "4")
+    folder = run(*flags)
     run("--resume", str(folder), "--num-updates", "60", "--eval-interval", "10")
-    config = json.loads((folder / "config.json").read_text())["args"]
-    assert (config["penalty_coef"], config["gamma"], config["num_updates"]) == (0.125, 0.9, 60)
-    assert config["hidden_sizes"] == [8, 4]
-    assert [int(row["update"]) for row in progress(folder)] == [20, 40, 50, 60]
+    run("--resume", str(folder), "--num-updates", "70")
+    config = json.loads((folder / "config.json").read_text())
+    args = config["args"]
+    assert (args["penalty_coef"], args["gamma"], args["num_updates"]) == (0.125, 0.9, 70)
+    assert args["hidden_sizes"] == [8, 4]
+    assert [int(row["update"]) for row in progress(folder)] == [20, 40, 50, 60, 70]
+    # the first command stays, and what was changed is told
+    assert "--gamma 0.9" in config["command"] and "--resume" not in config["command"]
+    first, second = config["resumed"]
+    assert first["after_update"] == 40 and first["changed"] == {"num_updates": [40, 60], "eval_interval": [20, 10]}
+    assert second["after_update"] == 60 and second["changed"] == {"num_updates": [60, 70]}
+
+
+@pytest.mark.parametrize("script", ["mopo", "onestep"])  # a learning rate, a share of the updates
+def test_a_run_whose_schedule_spans_it_cannot_become_longer(script, run):
+    folder = run(script=script)
+    with pytest.raises(InputError, match="--num-updates is 40 in this run and its schedules span them"):
+        run("--resume", str(folder), "--num-updates", "60", script=script)
+
+
+@pytest.mark.parametrize("flag", ["--run-name", "--run-dir"])
+def test_a_resumed_run_stays_in_its_folder(flag, run):
+    folder = run()
+    with pytest.raises(InputError, match=f"{flag} cannot change"):
+        run("--resume", str(folder), flag, "elsewhere")
+
+
+@pytest.mark.parametrize("setting, value", [("env_id", "planted:Env-v0"), ("termination", "planted:rule")])
+def test_what_a_folder_names_is_imported_only_if_the_command_line_trusts_it(
+    setting, value, run, tmp_path, monkeypatch, capsys
+):
+    folder = run()
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] |= {setting: value, "trust": True}  # which is not for the folder to say
+    (folder / "config.json").write_text(json.dumps(config))
+    sys.modules.pop("planted", None)
+    (tmp_path / "planted.py").write_text("print('planted code runs')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"imports {value}.*--trust"):
+        run("--resume", str(folder))
+    assert "planted code runs" not in capsys.readouterr().out
+    with pytest.raises(InputError):  # there is no such environment or rule in it
+        run("--resume", str(folder), "--trust")
+    assert "planted code runs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -430,6 +482,36 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_folder_in_use_has_one_winner(run):
+    run.folder.mkdir(parents=True)
+    with FileLock(run.folder / ".lock"), pytest.raises(InputError, match="in use by another process"):
+        run()
+    run()  # what a killed process leaves does not stop the next
+
+
+@pytest.mark.parametrize(
+    "dataset, name",
+    [
+        ("pendulum/random-v0", "pendulum-random-v0"),
+        ("./log.npz", "log.npz"),
+        ("../data/log.npz", "data-log.npz"),
+        ("~/log.npz", "log.npz"),
+        ("/data/log.npz", "data-log.npz"),
+        ("folder/", "folder"),
+    ],
+)
+def test_no_run_folder_is_hidden(dataset, name):
+    assert folder_name(dataset) == name
+
+
+def test_a_tilde_is_the_home_directory_also_where_no_shell_expands_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = [f"--{name}=~/x" for name in ("run-dir", "dynamics", "dataset")]
+    monkeypatch.setattr(sys, "argv", ["mopo.py", *flags])
+    args = read_args(mopo.Args, mopo.TUNED)
+    assert {args.run_dir, args.dynamics, args.dataset} == {str(tmp_path / "x")}
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -445,7 +527,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
         (("--dataset", "no/such-v0"), "No dataset 'no/such-v0'"),
         (("--dataset", "absent.hdf5"), "no file"),
         (("--dynamics", "absent.pt"), "no ensemble at absent.pt"),
-        (("--termination", "nonsense"), "none of auto, known, learned, none and module:function"),
+        (("--termination", "nonsense"), "none of auto, known, forced, learned, none and module:function"),
         (("--resume", "absent"), "no run to resume"),
         (("--run-name", "file/run"), "cannot write to"),
         (("--gae-lambda", "1.5"), "--gae-lambda must be between 0 and 1, not 1.5"),
@@ -453,7 +535,8 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(run):
         (("--expectile", "1.5"), "--expectile must be between 0 and 1"),
         (("--momentum", "1"), "--momentum must be between 0 and 0.999"),
         (("--target-entropy", "nan"), "--target-entropy must be at least -inf, not nan"),
-        (("--eta", "inf"), "--eta inf is no constraint: --multiplier 0 says so"),
+        (("--eta", "inf"), "--eta must be at least 0 and finite, not inf"),
+        (("--penalty-coef", "inf"), "--penalty-coef must be at least 0 and finite, not inf"),
         (("--threshold-coef", "1", "--num-elites", "1"), "MOReL compares elites: give --num-elites above 1"),
         (("--halt-offset", "1", "--gae-lambda", "1", "--num-elites", "1"), "MOReL compares elites"),
     ],
@@ -478,6 +561,120 @@ def test_an_environment_whose_package_is_missing_is_refused():
     spec = gym.envs.registration.EnvSpec("Missing-v0", entry_point="no_such_package:Env")
     with pytest.raises(InputError, match="cannot make Missing-v0.*give --env-id"):
         make_envs(SimpleNamespace(env_spec=spec), 2)
+
+
+# --- Divergence ---
+@every_script
+def test_training_that_diverges_stops_at_the_next_evaluation_and_keeps_the_last_good_checkpoint(
+    script, run, monkeypatch
+):
+    update, calls = MODULES[script].update, []
+
+    def poisoned(agent, *rest):
+        info = update(agent, *rest)
+        if calls.append(1) or len(calls) == 15:
+            next(agent.parameters()).data.fill_(math.nan)
+        return info
+
+    monkeypatch.setattr(MODULES[script], "update", poisoned)
+    with pytest.raises(InputError, match=r"diverged by update 20: .* not finite; .*checkpoint of update 10 is whole"):
+        run(script=script)
+    assert not (run.folder / "policy.pt").exists() and not (run.folder / "progress.csv").exists()
+    state = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in tensors(state["modules"]).values())
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("mopo", ("--critic-lr", "1e6")),
+        ("mopo", ("--penalty-coef", "1e38")),
+        ("bc", ("--actor-lr", "1e30")),
+        ("td3_bc", ("--dataset", "sentinel")),
+        ("cql", ("--dataset", "sentinel")),
+        ("morel_npg", ("--dataset", "sentinel")),
+    ],
+)
+def test_enormous_numbers_end_with_one_sentence_and_no_policy(script, flags, run, tmp_path):
+    rng = np.random.default_rng(0)
+    rewards = np.where(np.arange(300) == 7, -1e30, rng.normal(size=300))  # for "crashed"
+    walk = rng.normal(size=(301, 2)).cumsum(axis=0)
+    arrays = {"observations": walk[:-1], "next_observations": walk[1:], "actions": rng.uniform(-1, 1, (300, 1))}
+    np.savez(tmp_path / "sentinel.npz", **arrays, rewards=rewards, terminals=np.zeros(300))
+    flags = [str(tmp_path / "sentinel.npz") if flag == "sentinel" else flag for flag in flags]
+    with pytest.raises(InputError, match="diverged"):
+        run(*flags, script=script)
+    assert not (run.folder / "policy.pt").exists()
+
+
+@pytest.mark.parametrize("q, warns", [(-50.0, False), (1e4, True)])
+def test_a_q_value_that_no_policy_can_reach_is_warned_of_once(q, warns, run, monkeypatch, capsys):
+    update = MODULES["cql"].update
+    monkeypatch.setattr(MODULES["cql"], "update", lambda *given: update(*given) | {"q": torch.tensor(q)})
+    run(script="cql")
+    assert capsys.readouterr().out.count("all that the rewards allow") == warns
+
+
+@pytest.mark.parametrize("script", ["mopo", "mobile"])
+def test_a_penalty_is_shown_beside_the_rewards_and_warned_of_where_it_is_larger(script, run, capsys):
+    run("--run-name", "usual", script=script)
+    out = capsys.readouterr().out
+    assert "beside rewards of mean size 6" in out and "outweighs" not in out
+    run("--run-name", "large", "--penalty-coef", "1e4", script=script)
+    assert capsys.readouterr().out.count("warning     the penalty outweighs the rewards") == 1
+
+
+# --- Files that cannot be written ---
+def no_traceback(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in out, out
+    return out.splitlines()[-1]
+
+
+def test_a_full_disk_ends_with_one_sentence_and_the_last_checkpoint(run, home, tmp_path):
+    run("--run-name", "first")  # fills the caches, and says how large a checkpoint is
+    size = (tmp_path / "first" / "checkpoint.pt").stat().st_size
+
+    def limit():  # no file may become larger: as on a full disk, but for this process alone
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    last = no_traceback(command(home, "--run-name", "full", "--run-dir", str(tmp_path), preexec_fn=limit))
+    assert "cannot write" in last and "checkpoint.pt" in last and "start again" in last
+    assert not list((tmp_path / "full").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "progress.csv", "policy.pt"])
+def test_whatever_cannot_be_written_the_last_checkpoint_is_named_and_goes_on(file, run, tmp_path, monkeypatch):
+    replace, calls = os.replace, []
+
+    def full(source, target):
+        if Path(target).name == file and (calls.append(1) or len(calls) == 2 or file == "policy.pt"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    run("--run-name", "whole")
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        patch.setattr(os, "replace", full)
+        run()
+    update = {"checkpoint.pt": 10, "progress.csv": 30, "policy.pt": 40}[file]
+    assert f"{file} (No space left on device)" in str(error.value)
+    assert f"checkpoint of update {update} is whole: python" in str(error.value)
+    assert not list(run.folder.glob("*.tmp"))
+    run("--resume", str(run.folder))
+    assert_same_ends(tmp_path / "whole", run.folder)
+
+
+def test_a_folder_that_vanishes_gets_one_sentence(run, monkeypatch):
+    update, calls = mopo.update, []
+
+    def vanishing(*given):
+        if calls.append(1) or len(calls) == 15:
+            shutil.rmtree(run.folder)
+        return update(*given)
+
+    monkeypatch.setattr(mopo, "update", vanishing)
+    with pytest.raises(InputError, match="cannot write .*No such file.* there is no checkpoint"):
+        run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -519,23 +716,26 @@ def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(home, tmp_
 
 
 # --- Evaluation ---
-class SeedSpy:
+class SeedSpy(gym.Wrapper):
     """Remembers what the environments were reset with."""
 
-    def __init__(self, envs: gym.vector.VectorEnv):
-        self.envs, self.num_envs, self.step = envs, envs.num_envs, envs.step
+    seeds: list = []
 
-    def reset(self, seed: list[int]):
-        self.seeds = seed
-        return self.envs.reset(seed=seed)
-
-
-def vector_env(env_id: str, num: int) -> SeedSpy:
-    return SeedSpy(gym.vector.SyncVectorEnv([lambda: gym.make(env_id)] * num))
+    def reset(self, *, seed=None, options=None):
+        SeedSpy.seeds.append(seed)
+        return self.env.reset(seed=seed)
 
 
-def box_data(obs_dim: int, high: float) -> SimpleNamespace:
-    return SimpleNamespace(obs=torch.zeros(1, obs_dim), to_env_action=lambda action: high * action)
+def environments(env_id: str, num: int) -> list[gym.Env]:
+    SeedSpy.seeds = []
+    return [SeedSpy(gym.make(env_id)) for _ in range(num)]
+
+
+def box_data(obs_dim: int, high: float, env_id: str = "") -> SimpleNamespace:
+    return SimpleNamespace(
+        obs=torch.zeros(1, obs_dim), action_low=np.array([-high]), to_env_action=lambda action: high * action,
+        to_obs=lambda obs: obs.astype(np.float32), env_spec=gym.spec(env_id) if env_id else None,
+    )  # fmt: skip
 
 
 def gentle_actor() -> mopo.Actor:
@@ -560,37 +760,105 @@ def hand_loop(env_id: str, actor: mopo.Actor, high: float, seed: int) -> tuple[f
     return total, steps
 
 
-def test_evaluation_returns_the_undiscounted_return_of_one_episode_per_environment():
+@pytest.mark.parametrize("num_envs", [1, 2, 3])  # as many as the simulator allows
+def test_evaluation_returns_the_undiscounted_return_of_each_episode(num_envs):
     torch.manual_seed(3)
-    actor, envs = mopo.Actor(3, 1, (16, 16)), vector_env("Pendulum-v1", 3)
-    returns = evaluate(actor, envs, box_data(3, 2.0), [0, 500])
-    assert returns.shape == (3,) and len(set(envs.seeds)) == 3
-    expected = [hand_loop("Pendulum-v1", actor, 2.0, seed)[0] for seed in envs.seeds]
+    actor, envs = mopo.Actor(3, 1, (16, 16)), environments("Pendulum-v1", num_envs)
+    returns = evaluate(actor, envs, box_data(3, 2.0), [0, 500], 3)
+    assert returns.shape == (3,) and len(set(SeedSpy.seeds)) == 3
+    expected = [hand_loop("Pendulum-v1", actor, 2.0, seed)[0] for seed in SeedSpy.seeds]
     np.testing.assert_allclose(returns, expected, rtol=1e-5)
 
 
 def test_evaluation_stops_counting_where_an_episode_has_ended():
-    actor, envs = gentle_actor(), vector_env("InvertedPendulum-v5", 6)
-    returns = evaluate(actor, envs, box_data(4, 3.0), [0, 500])
-    results = [hand_loop("InvertedPendulum-v5", actor, 3.0, seed) for seed in envs.seeds]
+    actor, envs = gentle_actor(), environments("InvertedPendulum-v5", 6)
+    returns = evaluate(actor, envs, box_data(4, 3.0), [0, 500], 6)
+    results = [hand_loop("InvertedPendulum-v5", actor, 3.0, seed) for seed in SeedSpy.seeds]
     lengths = [steps for _, steps in results]
     assert len(set(lengths)) > 2 and max(lengths) > min(lengths) + 2  # the others went on, and this one started anew
     np.testing.assert_allclose(returns, [total for total, _ in results])
 
 
 def test_evaluation_follows_from_its_seed_alone_and_leaves_random_states_alone():
-    actor, envs, data = gentle_actor(), vector_env("InvertedPendulum-v5", 6), box_data(4, 3.0)
+    actor, envs, data = gentle_actor(), environments("InvertedPendulum-v5", 6), box_data(4, 3.0)
     torch.manual_seed(11)
     np.random.seed(11)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = evaluate(actor, envs, data, [0, 500])
+    first = evaluate(actor, envs, data, [0, 500], 6)
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
     starts = []
     for seed in ([0, 500], [0, 1_000], [1, 500]):
-        again = evaluate(actor, envs, data, seed)
-        starts.append(tuple(envs.seeds))
+        again = evaluate(actor, envs, data, seed, 6)
+        starts.append(tuple(SeedSpy.seeds[-6:]))
         assert (again == first).all() == (seed == [0, 500])
     assert len(set(starts)) == 3
+
+
+class Oddities(PendulumEnv):
+    """A pendulum, whose interface is `kind`."""
+
+    exist = steps = 0
+    most_steps = math.inf
+
+    def __init__(self, kind: str, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+        if kind == "one only":
+            if Oddities.exist:
+                raise OSError(98, "Address already in use")
+            Oddities.exist += 1
+
+    def close(self):
+        Oddities.exist -= self.kind == "one only"
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs if self.kind == "old" else (obs, info)
+
+    def step(self, action):
+        Oddities.steps += 1
+        if self.kind == "breaks" and Oddities.steps > Oddities.most_steps:
+            raise ConnectionError("the simulator closed the connection")
+        obs, reward, terminated, truncated, info = super().step(action)
+        if self.kind == "old":
+            return obs, reward, terminated, info
+        info = {"contacts": np.zeros(self.np_random.integers(1, 4))} if self.kind == "infos" else info
+        return obs, np.array([reward]) if self.kind == "reward (1,)" else reward, terminated, truncated, info
+
+
+for kind in ("usual", "reward (1,)", "infos", "one only", "old", "breaks"):
+    gym.register(f"Odd{re.sub('[^a-z]', '', kind)}-v0", Oddities, max_episode_steps=200, kwargs={"kind": kind})
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    for name, value in (("exist", 0), ("steps", 0), ("most_steps", math.inf)):
+        monkeypatch.setattr(Oddities, name, value)
+    return Oddities
+
+
+@pytest.mark.parametrize("kind", ["reward", "infos", "oneonly"])
+def test_rewards_of_shape_1_infos_of_any_kind_and_a_single_simulator_evaluate_as_usual(kind, run, tmp_path, odd):
+    for name in ("usual", kind):
+        run("--run-name", name, "--env-id", f"Odd{name}-v0", "--eval-episodes", "3", script="td3_bc")
+    usual, other = ([float(row["return_mean"]) for row in progress(tmp_path / name)] for name in ("usual", kind))
+    assert usual == pytest.approx(other, rel=1e-6)
+
+
+def test_gyms_old_interface_is_refused_in_one_sentence_before_anything_is_fitted(run, odd):
+    with pytest.raises(
+        InputError, match=r"Oddold-v0 fails in reset .*: gymnasium's interface is reset -> \(obs, info\)"
+    ):
+        run("--env-id", "Oddold-v0", script="td3_bc")
+
+
+def test_an_environment_that_breaks_costs_an_evaluation_and_never_the_training(run, odd, capsys):
+    odd.most_steps = 1 + 2 * 200 + 50  # the trial, the first evaluation, and a part of the second
+    folder = run("--env-id", "Oddbreaks-v0", "--eval-interval", "10", "--score-evals", "4", script="td3_bc")
+    returns = [row["return_mean"] for row in progress(folder)]
+    assert returns[0] != "nan" and returns[1:] == ["nan"] * 3 and (folder / "policy.pt").exists()
+    out = capsys.readouterr().out
+    assert out.count("is not evaluated: ") == 3 and "closed the connection" in out and "3 failed" in out
 
 
 # --- The machine ---

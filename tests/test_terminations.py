@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import terminations  # noqa: E402
-from common.dataset import InputError  # noqa: E402
-from common.terminations import RULES, known_rule, termination_fn  # noqa: E402
+from common.dataset import InputError, OfflineDataset  # noqa: E402
+from common.terminations import RULES, known_rule, rule_warning, termination_fn  # noqa: E402
 
 # Where to put the body before a few random steps, so that every bound of a rule is crossed: {qpos index: (low, high)}.
 START = {
@@ -32,13 +31,14 @@ ENV_IDS = [f"{name}-{version}" for name in START for version in ("v4", "v5")]
 NEVER_IDS = [f"{name}-v5" for name in NEVER if name != "Pendulum"] + ["Pendulum-v1"]
 
 
-def dataset(obs, action, next_obs, terminal, env_spec=None, successor_known=None):
-    """A stand-in for OfflineDataset with what the rules read."""
+def dataset(obs, action, next_obs, terminal, env_spec=None, **more) -> OfflineDataset:
+    """Every row is an episode, as nothing else is said."""
     tensors = [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (obs, action, next_obs, terminal)]
-    if successor_known is None:
-        successor_known = torch.ones(len(tensors[0]), dtype=torch.bool)
     fields = dict(zip(("obs", "action", "next_obs", "terminal"), tensors))
-    return SimpleNamespace(**fields, successor_known=successor_known, env_spec=env_spec)
+    every_row, box = torch.ones(len(tensors[0]), dtype=torch.bool), np.ones(tensors[1].shape[1])
+    fields |= dict(name="", source="", reward=torch.zeros(len(every_row)), data_hash="", env_spec=env_spec)
+    fields |= dict(successor_known=every_row, episode_end=every_row.clone(), episode_returns=np.zeros(len(every_row)))
+    return OfflineDataset(**fields, action_low=-box, action_high=box, ref_scores=None, **more)
 
 
 def record(env_id: str, num_steps: int):
@@ -154,13 +154,22 @@ def test_double_pendulum_takes_angles_from_pairs_off_the_unit_circle():
     assert not RULES["InvertedDoublePendulum"](obs)
 
 
-@pytest.mark.parametrize("env_id", ["my/Hopper-v0", "MyHopper-v0", "AntMaze-v1", "InvertedPendulumSwingup-v0"])
-def test_other_ids_are_not_known(env_id):
+OTHERS = ["my/Hopper-v0", "MyHopper-v0", "AntMaze-v1", "InvertedPendulumSwingup-v0", "Pendulum-v5", "Hopper-v9"]
+
+
+@pytest.mark.parametrize("env_id", OTHERS)
+@pytest.mark.parametrize("made_by", [None, "own.envs:HopperEnv", type("HopperEnv", (gym.Env,), {})])
+def test_other_environments_are_not_known_whatever_they_are_called(env_id, made_by):
     data = point_mass(100, 0)
-    data.env_spec = gym.envs.registration.EnvSpec(env_id)
+    data.env_spec = gym.envs.registration.EnvSpec(env_id, made_by)
     assert known_rule(data.env_spec)[0] is None
     with pytest.raises(InputError, match=f"{env_id} is not in the table: use --termination learned, none or"):
         termination_fn("known", data)
+
+
+def test_gymnasiums_own_class_is_known_by_another_id_too():
+    spec = gym.envs.registration.EnvSpec("Lame-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv")
+    assert known_rule(spec)[0] is RULES["Hopper"]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,108 @@ def test_observations_changed_by_a_wrapper_are_not_known():
     assert known_rule(spec)[0] is not None
     spec.additional_wrappers = env.spec.additional_wrappers
     assert "is wrapped in" in known_rule(spec)[1]
+
+
+# --- Rules and data that contradict each other ---
+def pendulums(num_rows: int, num_falls: int, num_flags: int, go_on: bool = False, env_id="InvertedPendulum-v5"):
+    """Rows of which the first `num_falls` end by the rule and the first `num_flags` by the flags."""
+    obs = torch.zeros(num_rows, 4).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    obs[:num_falls, 1] += 1
+    data = dataset(obs, obs[:, :1], obs, torch.arange(num_rows) < num_flags, spec_of(env_id))
+    data.episode_end[:] = torch.arange(num_rows) == num_rows - 1
+    data.episode_end[:num_falls] |= not go_on
+    return data
+
+
+@pytest.mark.parametrize(
+    "falls, flags, go_on, chosen",
+    [
+        (40, 40, True, "known"),
+        (40, 43, True, "known"),  # three of 3,000 rows: one per mille
+        (40, 44, True, "learned"),
+        (400, 40, True, "learned"),
+        (400, 19, False, "none"),  # too few to learn from
+        (400, 0, True, "none"),  # whatever the data are of, it does not end there
+        (400, 0, False, "forced"),  # the data stop there as well: flags were lost, and the rule is right
+    ],
+)
+def test_auto_follows_the_data_where_they_contradict_the_rule(falls, flags, go_on, chosen, short_fit, capsys):
+    data = pendulums(3_000, falls, flags, go_on)
+    called = call(termination_fn("auto", data), data)
+    out, n = capsys.readouterr().out, abs(falls - flags)
+    counts = f"InvertedPendulum-v5 ends {falls} of 3,000 rows, the data's flags {flags}, and {n} rows differ"
+    contradicts = "" if chosen == "known" else f"the rule of {counts}"
+    assert f"auto chose {chosen}: {contradicts or 'InvertedPendulum-v5 is in the table'}" in out
+    assert rule_warning(data) == "" if chosen == "known" else rule_warning(data).startswith(contradicts)
+    if chosen != "learned":
+        assert called.sum() == (0 if chosen == "none" else falls)
+    if chosen == "known":
+        termination_fn("known", data)
+    else:
+        with pytest.raises(InputError, match=f"{n} rows differ .*: use --termination forced"):
+            termination_fn("known", data)
+        assert call(termination_fn("forced", data), data).sum() == falls
+
+
+def test_rows_without_successor_contradict_only_a_rule_that_never_ends_anything():
+    data = pendulums(3_000, 0, 40)
+    data.successor_known = data.terminal < 0.5
+    assert rule_warning(data) == ""
+    data.env_spec = spec_of("Swimmer-v5")
+    assert "ends 0 of 3,000 rows, the data's flags 40, and 40 rows differ" in rule_warning(data)
+
+
+def test_one_terminal_where_nothing_ends_is_worth_a_warning():
+    data = pendulums(3_000, 0, 1, env_id="Swimmer-v5")
+    assert "the data's flags 1, and 1 rows differ" in rule_warning(data)
+    assert rule_warning(pendulums(3_000, 0, 0, env_id="Swimmer-v5")) == ""
+    data.env_spec = None
+    assert rule_warning(data) == ""
+
+
+def test_rows_in_no_order_are_compared_too():
+    data = pendulums(3_000, 400, 0)
+    data = dataset(data.obs, data.action, data.next_obs, data.terminal, data.env_spec, ordered=False)
+    assert "400 rows differ" in rule_warning(data)
+    assert not call(termination_fn("auto", data), data).any()
+
+
+# --- Units and numbers ---
+def rescaled(data: OfflineDataset, shift: float, scale: float) -> OfflineDataset:
+    obs, next_obs = (data.to_obs(x.double().numpy()) for x in (data.obs, data.next_obs))
+    where = dict(obs_shift=np.full(obs.shape[1], shift), obs_scale=np.full(obs.shape[1], scale))
+    other = dataset(obs, data.action, next_obs, data.terminal, data.env_spec, **where)
+    other.obs, other.next_obs = (torch.as_tensor(other.to_obs(x.double().numpy())) for x in (data.obs, data.next_obs))
+    return other
+
+
+@pytest.mark.parametrize("mode", ["auto", "known", "made_up_rules:inside"])
+def test_rules_see_the_units_of_the_environment(mode, folder):
+    data = pendulums(3_000, 400, 400)
+    data.next_obs[:50, 0] = 0.7
+    other = rescaled(data, 3.0, 0.01)
+    assert rule_warning(other) == "" and (other.next_obs.mean() < -250)
+    called = call(termination_fn(mode, other), other)
+    assert torch.equal(called, call(termination_fn(mode, data), data)) and called.sum() in (50, 400)
+
+
+@pytest.mark.parametrize("mode", ["auto", "known", "forced", "learned", "none", "made_up_rules:inside"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_state_that_is_not_finite_ends_the_trajectory_in_every_mode(mode, value, short_fit, folder):
+    data = point_mass(2_000, 0)
+    if mode in ("known", "forced"):
+        data.env_spec = spec_of("HalfCheetah-v5")
+        data.terminal[:] = 0
+    function = termination_fn(mode, data)
+    data.next_obs[5, 1] = value
+    assert call(function, data)[5]
+
+
+def test_a_fit_that_diverges_is_an_input_error(short_fit):
+    data = point_mass(2_000, 0)
+    data.obs[::2, 0] = torch.inf
+    with pytest.raises(InputError, match="the learned rule diverged"):
+        termination_fn("learned", data)
 
 
 # --- Learned rule ---
@@ -247,13 +358,13 @@ def test_same_seed_same_rule_and_global_random_state_untouched(short_fit):
 
 
 def test_placeholder_successors_are_never_read(short_fit, capsys):
-    data = point_mass(6_000, 0)
+    data, fresh = point_mass(6_000, 0), point_mass(6_000, 1)
     data.successor_known = data.terminal < 0.5
     data.next_obs[~data.successor_known] = torch.nan
-    called = call(termination_fn("learned", data), data)
+    called = call(termination_fn("learned", data), fresh)
     assert "(obs, action) alone" in capsys.readouterr().out
     data.next_obs[:] = torch.nan
-    assert torch.equal(call(termination_fn("learned", data), data), called) and called.any() and not called.all()
+    assert torch.equal(call(termination_fn("learned", data), fresh), called) and called.any() and not called.all()
 
     some = point_mass(6_000, 0)
     some.successor_known[some.terminal.nonzero()[::2]] = False
@@ -279,18 +390,21 @@ def test_auto_takes_known_then_learned_then_never_and_says_why(short_fit, capsys
     data = point_mass(3_000, 0)
     termination_fn("auto", data)
     assert "auto chose learned: the data name no environment" in capsys.readouterr().out
-    data.env_spec = spec_of("Hopper-v5")
+    data.env_spec = spec_of("InvertedPendulum-v5")
+    data.next_obs[:, 1] = torch.where(data.terminal > 0.5, 1.0, 0.0)
     termination_fn("auto", data)
-    assert "auto chose known: Hopper-v5 is in the table" in capsys.readouterr().out
+    assert "auto chose known: InvertedPendulum-v5 is in the table" in capsys.readouterr().out
+    data.env_spec = spec_of("Hopper-v5")
     data.env_spec.kwargs = {"terminate_when_unhealthy": False}
     termination_fn("auto", data)
     assert "auto chose learned: Hopper-v5 was made with terminate_when_unhealthy=False" in capsys.readouterr().out
     assert not call(termination_fn("none", data), data).any()
 
 
-@pytest.mark.parametrize("mode", ["known", "learned", "none"])
-def test_rule_is_one_graph_of_fixed_shapes_without_gradient(mode, short_fit):
-    data = point_mass(3_000, 0)
+@pytest.mark.parametrize("mode", ["forced", "learned", "none"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_rule_is_one_graph_of_fixed_shapes_without_gradient(mode, scale, short_fit):
+    data = rescaled(point_mass(3_000, 0), 0.0, scale)
     data.env_spec = spec_of("Hopper-v5")
     function = termination_fn(mode, data)
     data.next_obs.requires_grad_()
@@ -338,7 +452,7 @@ def test_users_function_is_imported_from_the_working_directory(folder, capsys):
         ("made_up_rules:per_column", "must return torch.bool of shape"),
         ("made_up_rules:listed", "must return torch.bool of shape .*not .*list"),
         ("made_up_rules:fails", "fails on rows of the data: IndexError"),
-        ("sometimes", "'sometimes' is none of auto, known, learned, none"),
+        ("sometimes", "'sometimes' is none of auto, known, forced, learned, none"),
         ("made_up_rules:", "is none of auto"),
     ],
 )

@@ -28,7 +28,7 @@ from algos import osr  # noqa: E402
 from benchmarks.grid import as_json, read_settings  # noqa: E402
 from benchmarks.report import RESULTS, finish, mean_sd, number, table  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
-from common.run import load_policy  # noqa: E402
+from common.evaluation import load_policy  # noqa: E402
 
 ENV_ID = "benchmarks.studies.toy_recovery:PointMass-v0"
 STEP = 0.1  # distance that an action of 1 moves the point

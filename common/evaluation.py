@@ -1,0 +1,105 @@
+"""The policy of a run, loaded, and its return in the real environment, whatever that environment does."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+
+from common import InputError
+from common.dataset import OfflineDataset
+
+
+def load_policy(folder: Path | str, Actor: type[nn.Module]) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of the finished run in `folder`, of the class that its script trains (mostly `Actor`).
+
+    It maps observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in its box. Raises
+    InputError where there is no finished run, or one whose policy is of another class.
+    """
+    try:
+        saved = torch.load(Path(folder, "policy.pt"), map_location="cpu", weights_only=True)
+        if saved["class"] != Actor.__name__:
+            raise InputError(f"the policy in {folder} is of the class {saved['class']}: give that one of its script")
+        actor = Actor(**saved["sizes"])
+        actor.load_state_dict(saved["actor"])
+        shift, scale = saved["obs_shift"].numpy(), saved["obs_scale"].numpy()  # float64, as what was recorded may be
+        low, high = saved["action_low"], saved["action_high"]
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{folder} holds no policy of this {Actor.__name__} ({error}): finish that run") from None
+
+    @torch.no_grad()
+    def policy(obs: np.ndarray) -> np.ndarray:
+        obs = torch.as_tensor((obs - shift) / scale, dtype=torch.float32)
+        action = actor.act(obs.reshape(-1, obs.shape[-1])).clamp(-1, 1)
+        return ((high + low) / 2 + (high - low) / 2 * action).reshape(*obs.shape[:-1], -1).numpy()
+
+    return policy
+
+
+class EnvironmentFails(InputError):
+    """It cannot be made, or its reset or step raises or is not of gymnasium's interface."""
+
+
+def call(env: gym.Env, method: str, *given, **named) -> tuple:
+    """env.reset or env.step."""
+    try:
+        result = getattr(env, method)(*given, **named)
+        if type(result) is not tuple or len(result) != (2 if method == "reset" else 5):
+            raise ValueError("it returns something else")
+        return result
+    except Exception as error:  # of any kind: it is the user's simulator
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        right = "reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
+        raise EnvironmentFails(
+            f"{env.spec.id} fails in {method} ({reason}): gymnasium's interface is {right}"
+        ) from None
+
+
+def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:
+    """To evaluate in, each tried by a reset and the first by a step; none where the data name none.
+
+    Fewer than `num_envs` where the simulator allows no more.
+    """
+    if data.env_spec is None:
+        print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
+        return []
+    envs = []
+    try:
+        while len(envs) < num_envs:
+            env = gym.make(data.env_spec)
+            call(env, "reset", seed=0)
+            envs.append(env)
+    except Exception as error:  # what a package that is missing or too old raises, too
+        if isinstance(error, EnvironmentFails) and not envs:
+            raise
+        if not envs:
+            hint = "install its package, or give --env-id"
+            raise EnvironmentFails(f"cannot make {data.env_spec.id} ({error}): {hint}") from None
+        print(f"evaluation  only {len(envs)} of {data.env_spec.id} at a time ({error})")
+    call(envs[0], "step", data.to_env_action(np.zeros(len(data.action_low), np.float32)))
+    return envs
+
+
+@torch.no_grad()
+def evaluate(policy, envs: list[gym.Env], data: OfflineDataset, seed: list[int], num_episodes: int) -> np.ndarray:
+    """Undiscounted returns (num_episodes,) of the deterministic policy, as many episodes at a time as there are envs.
+
+    The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
+    nothing else.
+    """
+    seeds, returns = np.random.SeedSequence(seed).generate_state(num_episodes).tolist(), np.zeros(num_episodes)
+    for first in range(0, num_episodes, len(envs)):
+        obs = [call(env, "reset", seed=seed)[0] for env, seed in zip(envs, seeds[first:])]
+        running = set(range(len(obs)))
+        while running:
+            x = torch.as_tensor(data.to_obs(np.stack(obs)), device=data.obs.device)
+            action = data.to_env_action(policy.act(x).cpu().numpy())
+            for i in sorted(running):
+                obs[i], reward, terminated, truncated, _ = call(envs[i], "step", action[i])
+                returns[first + i] += np.asarray(reward).item()  # also of shape (1,)
+                if terminated or truncated:
+                    running.remove(i)
+    return returns
