@@ -1,4 +1,4 @@
-"""Records datasets: random actions in any environment, and policies of our own, graded as in D4RL.
+"""Records datasets: random actions in any environment, policies of our own, graded as in D4RL, and the bench's logs.
 
 For the grades (Fu et al. 2020, arXiv:2004.07219) SAC is trained online, one update a step; along the way its sampled
 return is measured and its actor kept.
@@ -9,10 +9,12 @@ return is measured and its actor kept.
     medium-expert   the episodes of medium, then those of expert
 The medium and expert actors lie in benchmarks/policies, so that every set but the replay is recorded again in minutes;
 the replay needs the training. The sets are local Minari datasets named <environment>/<grade>-v0.
+The bench's own (--sets) are logged by what benchmarks/envs.py has for them.
 Run: python benchmarks/collect.py --env-id Ant-v5 --dataset-id ant/random-v0 --num-steps 200000
      python benchmarks/collect.py --envs hopper --grades random medium expert
      python benchmarks/collect.py --envs hopper walker2d --train
      python benchmarks/collect.py --envs hopper --train --grades medium-replay
+     python benchmarks/collect.py --sets pendulum/narrow pendulum/spin pointmass/stitch
 """
 
 import json
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -42,6 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import mopo  # noqa: E402
+from benchmarks.envs import LOGS, Act, Begun  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import (  # noqa: E402
     cache_dir,
@@ -56,6 +59,7 @@ from common.machine import compiled, set_matmul_precision  # noqa: E402
 
 POLICIES = Path(__file__).parent / "policies"
 NUM_RANDOM, EVAL_INTERVAL, CHECKPOINT_INTERVAL = 10_000, 10_000, 50_000  # environment steps
+NUM_REFERENCE = 1_000  # episodes behind a reference score of the bench's own environments
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ ENVS = {
     "walker2d": Env("Walker2d-v5", (1_500, 3_000), 3_500, 1_000_000, {"xml_file": "walker2d.xml"}),
     "inverteddoublependulum": Env("InvertedDoublePendulum-v5", (2_000, 4_500), 9_000, 200_000),
 }
+# (random, expert), where common has none: means of 9,526 random episodes, and of 40 by the expert in POLICIES
+REF_SCORES = {"InvertedDoublePendulum-v5": (47.3, 9350.0)}
 Grade = Literal["random", "medium-replay", "medium", "medium-expert", "expert"]
 
 
@@ -86,6 +92,7 @@ class Args:
     dataset_id: str = ""  # name of its dataset, which ends in -v and a number
     envs: tuple[Literal["hopper", "halfcheetah", "walker2d", "inverteddoublependulum"], ...] = tuple(ENVS)  # which
     grades: tuple[Grade, ...] = ("random", "medium", "expert")  # medium-replay comes out of --train alone
+    sets: tuple[Literal["pendulum/narrow", "pendulum/spin", "pointmass/stitch"], ...] = ()  # the bench's, in their size
     num_steps: int = 1_000_000  # of a dataset; medium-replay has its own number, medium-expert twice as many
     train: bool = False  # train the policies anew, record medium-replay; for that grade alone, stop at medium
     seed: int = 0  # of everything
@@ -95,18 +102,28 @@ class Args:
 
 # --- Acting ---
 def play_random(env: gym.Env, num_steps: int, seed: int) -> Iterator[EpisodeBuffer]:
-    """Episodes of uniformly random actions. The last one is cut off: there are `num_steps` steps in all."""
+    """As play_by, with uniformly random actions."""
     env.action_space.seed(seed)
+    return play_by(lambda: ({}, num_steps, lambda obs: env.action_space.sample()), env, num_steps, seed)
+
+
+def play_by(begin: Callable[[], Begun], env: gym.Env, num_steps: int, seed: int) -> Iterator[EpisodeBuffer]:
+    """Episodes of whoever `begin` names. The last one is cut off: there are `num_steps` steps in all.
+
+    begin() tells of an episode where it begins, its most steps and who acts: benchmarks/envs.py.
+    """
     recorded = 0
     with tqdm(total=num_steps, desc=f"recording {env.spec.id}", unit="step", disable=None) as progress:
         while recorded < num_steps:
-            obs, _ = env.reset(seed=seed if recorded == 0 else None)
+            options, most, act = begin()
+            obs, _ = env.reset(seed=seed if recorded == 0 else None, options=options or None)
             observations, steps, done = [obs], [], False
             while not done:
-                action = env.action_space.sample()
+                action = act(obs)
                 obs, reward, terminated, truncated, _ = env.step(action)
                 recorded += 1
-                truncated = truncated or (recorded == num_steps and not terminated)  # the recording stops here
+                stops = recorded == num_steps or len(steps) + 1 == most  # the recording, or the piece
+                truncated = truncated or (stops and not terminated)
                 observations.append(obs)
                 steps.append((action, reward, terminated, truncated))
                 done = terminated or truncated
@@ -221,9 +238,9 @@ def train(name: str, args: Args) -> dict:
 
 
 def finished(snapshots: list[dict], env: Env, args: Args) -> bool:
-    """Whether the last three evaluations are an expert's; when only the replay is wanted, whether one is a medium's."""
-    if args.grades == ("medium-replay",):
-        return any(env.medium[0] <= s["return"] <= env.medium[1] for s in snapshots)
+    """Whether the last three evaluations are an expert's; when only the replay is wanted, or one is a medium's."""
+    if args.grades == ("medium-replay",) and any(env.medium[0] <= s["return"] <= env.medium[1] for s in snapshots):
+        return True
     return len(snapshots) >= 3 and min(s["return"] for s in snapshots[-3:]) >= env.expert
 
 
@@ -277,14 +294,21 @@ def put_into_minari(dataset_id: str) -> Iterator[None]:
             os.rename(Path(folder, dataset_id), root / dataset_id)
 
 
-def write_dataset(dataset_id: str, episodes: Iterable[EpisodeBuffer], env: gym.Env, policy: str, card: dict) -> Path:
-    """Writes episodes as a local Minari dataset, with the reference scores of `env` where they are known.
+def write_dataset(
+    dataset_id: str,
+    episodes: Iterable[EpisodeBuffer],
+    env: gym.Env,
+    policy: str,
+    card: dict,
+    ref_scores: tuple[float, float] | None = None,
+) -> Path:
+    """Writes episodes as a local Minari dataset, with `ref_scores` or those of `env` where they are known.
 
     It appears complete or not at all, so two processes may write it at once and either may be killed. `policy` and
     `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
     """
     target = minari_folder() / dataset_id
-    low, high = ref_scores_of(env.spec) or (None, None)
+    low, high = ref_scores or ref_scores_of(env.spec) or REF_SCORES.get(env.spec.id, (None, None))
     try:
         with put_into_minari(dataset_id), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name
@@ -305,6 +329,30 @@ def record_random(env_id: str, dataset_id: str, num_steps: int, seed: int, **env
     env = gym.make(make_spaces(env_id)[0], **env_kwargs)
     card = {"num_steps": num_steps, "seed": seed}
     return write_dataset(dataset_id, play_random(env, num_steps, seed), env, "uniformly random", card)
+
+
+def record_log(name: str, args: Args) -> None:
+    """Writes the bench's <name>-v0 unless it exists. Its reference scores are measured here, where none are known."""
+    log, dataset_id, rng = LOGS[name], f"{name}-v0", np.random.default_rng(args.seed)
+    if (folder := minari_folder() / dataset_id).exists():
+        print(f"{dataset_id}: exists and stays as it is; remove {folder} to record it anew", flush=True)
+        return
+    env, card, ref_scores = gym.make(log.env_id), {"about": log.about, "seed": args.seed}, None
+    if log.expert:
+        card["reference scores"] = f"mean of {NUM_REFERENCE:,} episodes of random actions, and of {log.expert.__doc__}"
+        env.action_space.seed(args.seed)
+        ref_scores = tuple(
+            mean_return(env, act, args.seed) for act in (lambda obs: env.action_space.sample(), log.expert)
+        )
+    episodes = play_by(lambda: log.begin(rng), env, log.num_steps, args.seed)
+    write_dataset(dataset_id, episodes, env, "by hand", card, ref_scores)
+    print(load_dataset(dataset_id).summary(), flush=True)
+
+
+def mean_return(env: gym.Env, act: Act, seed: int) -> float:
+    """Of NUM_REFERENCE whole episodes."""
+    num_steps = NUM_REFERENCE * env.spec.max_episode_steps
+    return float(np.mean([e.rewards.sum() for e in play_by(lambda: ({}, num_steps, act), env, num_steps, seed)]))
 
 
 def replay(training: dict, num_steps: int, env: Env) -> Iterator[EpisodeBuffer]:
@@ -403,6 +451,12 @@ def main(args: Args) -> None:
             raise InputError(f"{args.dataset_id} exists already: choose another id, or remove {folder}")
         record_random(args.env_id, args.dataset_id, args.num_steps, args.seed)
         print(load_dataset(args.dataset_id).summary())
+        return
+    if args.sets:
+        if (args.envs, args.grades, args.train) != (Args.envs, Args.grades, Args.train):
+            raise InputError("give --sets, or --envs, --grades and --train, not both")
+        for name in args.sets:
+            record_log(name, args)
         return
     if "medium-replay" in args.grades and not args.train:
         raise InputError("medium-replay is the replay of a training: add --train")

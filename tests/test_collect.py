@@ -96,6 +96,7 @@ def test_any_environment_is_recorded_under_a_name_of_its_own(capsys):
     (Args(env_id="CartPole-v1", dataset_id="toy/mine-v0"), "not discrete"),
     (Args(env_id="Pendulum-v1", dataset_id="to y/mine-v0", num_steps=1), "Cannot record .*to y/mine-v0"),
     (Args(grades=("medium-replay",)), "add --train"),
+    (Args(sets=("pendulum/spin",), train=True), "give --sets, or --envs, --grades and --train, not both"),
 ])  # fmt: skip
 def test_what_cannot_be_recorded_is_said_in_one_sentence(args, words):
     with pytest.raises(InputError, match=words) as error:
@@ -110,6 +111,12 @@ def test_medium_is_the_first_in_its_range_and_expert_the_best():
     chosen = collect.choose(snapshots, env)
     assert (chosen["medium"]["step"], chosen["expert"]["step"]) == (3, 5)
     assert collect.choose(snapshots[:3], env)["medium"]["step"] == 1  # none in the range: the nearest
+
+
+def test_a_training_for_the_replay_alone_ends_at_medium_or_where_medium_was_jumped_over():
+    env, args = collect.ENVS["inverteddoublependulum"], Args(grades=("medium-replay",))
+    for returns, ends in ([[100, 2_100], True], [[100, 1_300, 9_300, 9_300], False], [[1_300] + [9_300] * 3, True]):
+        assert collect.finished([{"step": i, "return": r} for i, r in enumerate(returns)], env, args) == ends
 
 
 @pytest.mark.parametrize("name", ["hopper", "halfcheetah"])
