@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.files import expand_user  # noqa: E402
 from benchmarks.report import difference, interval  # noqa: E402
 from common import InputError  # noqa: E402
 
@@ -45,6 +46,9 @@ class Args:
     seeds: int = 3  # 0 .. seeds - 1, of both copies
     flags: str = ""  # further settings of both, as --flags="--num-updates 2000"
     out: Path = Path("runs/mistakes")  # folder of the trainings
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 def read_table(table: Path) -> list[dict[str, str]]:

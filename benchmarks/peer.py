@@ -25,6 +25,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.files import expand_user  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.machine import set_matmul_precision  # noqa: E402
@@ -44,6 +45,9 @@ class Args:
     max_epochs: int | None = None  # of the ensemble's fit
     num_threads: int = 1  # CPU threads
     out: Path = Path("runs/peer")  # folder of its logs and of progress.csv
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 class OldEnv:

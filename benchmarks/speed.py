@@ -30,6 +30,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common.dynamics  # noqa: E402
 from algos import bc, combo, cql, iql, mobile, mopo, onestep, sac_bc, td3_bc  # noqa: E402
+from benchmarks.files import expand_user  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 from common.machine import compiled, keep_freed_memory, set_matmul_precision  # noqa: E402
 
@@ -51,6 +52,9 @@ class Args:
     peer: Path | None = None  # folder of a checkout of OfflineRL-Kit
     matmul_precision: str = "highest"  # of ours: highest, high or medium
     only: str = ""  # part of a row's name: those alone, and no file is written
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 def random_rows(seed: int = 0) -> torch.Tensor:

@@ -25,7 +25,8 @@ def load_policy(folder: Path | str, Actor: type[nn.Module]) -> Callable[[np.ndar
             raise InputError(f"the policy in {folder} is of the class {saved['class']}: give that one of its script")
         actor = Actor(**saved["sizes"])
         actor.load_state_dict(saved["actor"])
-        shift, scale = saved["obs_shift"].numpy(), saved["obs_scale"].numpy()  # float64, as what was recorded may be
+        unscaled = {"obs_shift": torch.tensor(0.0), "obs_scale": torch.tensor(1.0)}  # of older files
+        shift, scale = ((unscaled | saved)[name].double().numpy() for name in unscaled)
         low, high = saved["action_low"], saved["action_high"]
     except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise InputError(f"{folder} holds no policy of this {Actor.__name__} ({error}): finish that run") from None

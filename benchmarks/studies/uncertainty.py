@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import mobile, morel  # noqa: E402
-from benchmarks.film import run_folders  # noqa: E402
+from benchmarks.files import expand_user, start, write_text  # noqa: E402
+from benchmarks.film import check_trust, run_folders  # noqa: E402
 from benchmarks.report import number, table, variant_of  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
@@ -57,6 +58,10 @@ class Args:
     num_samples: int = 10  # of every elite: for MOBILE's inconsistency, and others for the value expected
     seed: int = 0  # of starts, rollouts and samples
     out: Path | None = None  # file for the tables
+    trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
+
+    def __post_init__(self):
+        expand_user(self)
 
 
 # --- The simulator ---
@@ -168,7 +173,12 @@ def examine(folder: Path, args: Args) -> dict:
         settings = script.Args(**settings)
     except TypeError as error:
         raise InputError(f"{folder} is of another version of {config['algo']}.py ({error}): run it again") from None
-    data = load_dataset(settings.dataset, "cpu", settings.env_id or None)
+    check_trust(folder, (settings.env_id, settings.termination), args.trust)
+    data = load_dataset(settings.dataset, "cpu", settings.env_id or None, settings.standardise_obs, args.trust)
+    if data.rescaled:
+        raise InputError(
+            f"{folder} was trained on observations that are not the environment's: the simulator needs those"
+        )
     env = make_simulator(data)
     check_simulator(env, data)
     agent = script.Agent(data.obs.shape[1], data.action.shape[1], settings)
@@ -217,11 +227,8 @@ def main(args: Args) -> None:
     rows = [examine(folder, args) for folder in tqdm(run_folders(args.runs), unit="run")]
     print(text(rows))
     if args.out:
-        args.out.write_text(f"# What penalties know\n\n{NOTE}\n{text(rows)}\n")
+        write_text(args.out, f"# What penalties know\n\n{NOTE}\n{text(rows)}\n")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)
