@@ -305,13 +305,16 @@ class Run:
             raise InputError(f"{where}; {cause}; {self._last_checkpoint()}")
 
     def _compare(self, values: dict[str, float]) -> None:
-        """Warns, once, of a penalty that outweighs the rewards and of Q values that no policy can reach."""
+        """Warns, once, of a penalty that outweighs the rewards, of rollouts of one step, of Q values out of reach."""
         reward, args = self.data.reward, self.args
         if "penalty_mean" in values:
             size, penalty = reward.abs().mean().item(), values["penalty_mean"]
             self._once("penalty", f"{penalty:.3g} a step beside rewards of mean size {size:.3g}")
             if penalty > size:
                 self._once("warning", "the penalty outweighs the rewards: lower its coefficient, or --standardise-obs")
+        buffer = self.modules.get("buffer")
+        if buffer is not None and buffer.size and buffer.rows[: buffer.size, -1].all():
+            self._once("warning", "every simulated trajectory ends with its first step: look at --termination")
         # Q <= max r / (1 - gamma), or max r where that is negative and the episode ends; alpha pays log 2 a dimension
         best = reward.max().item() + values.get("alpha", 0.0) * self.data.action.shape[1] * math.log(2)
         horizon = 1 / (1 - args.gamma) if getattr(args, "gamma", 1.0) < 1 else math.inf

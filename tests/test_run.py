@@ -624,6 +624,13 @@ def test_a_penalty_is_shown_beside_the_rewards_and_warned_of_where_it_is_larger(
     assert capsys.readouterr().out.count("warning     the penalty outweighs the rewards") == 1
 
 
+def test_rollouts_that_all_end_at_once_are_warned_of(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "at_once.py").write_text("def ends(obs, action, next_obs):\n    return obs[:, 0] < 2\n")
+    monkeypatch.chdir(tmp_path)
+    run("--termination", "at_once:ends")
+    assert capsys.readouterr().out.count("every simulated trajectory ends with its first step") == 1
+
+
 # --- Files that cannot be written ---
 def no_traceback(process: subprocess.Popen) -> str:
     out, _ = process.communicate(timeout=100)
