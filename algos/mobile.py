@@ -340,12 +340,12 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
+    terminal_fn = termination_fn(args.termination, data, args.seed)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
     if len(dynamics.elites) < 2:
         raise InputError("MOBILE compares elites: give --num-elites above 1, or another file to --dynamics")
-    terminal_fn = termination_fn(args.termination, data, args.seed)
 
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)

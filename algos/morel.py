@@ -381,10 +381,10 @@ def main(args: Args) -> None:
     data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     initial_obs(data)  # without episodes there are none: better now than after the fit
+    terminal_fn = termination_fn(args.termination, data, args.seed)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
-    terminal_fn = termination_fn(args.termination, data, args.seed)
     mdp = make_pessimistic_mdp(dynamics, terminal_fn, data, args)
 
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]

@@ -386,10 +386,10 @@ def main(args: Args) -> None:
     data = load_dataset(args.dataset, run.device, args.env_id or None, args.standardise_obs, args.trust)
     run.open(data)
     starts, steps = initial_obs(data), args.horizon or horizon(data)
+    terminal_fn = termination_fn(args.termination, data, args.seed)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
-    terminal_fn = termination_fn(args.termination, data, args.seed)
     mdp = make_pessimistic_mdp(dynamics, terminal_fn, data, args)
 
     agent = Agent(data.obs.shape[1], data.action.shape[1], args).to(run.device)

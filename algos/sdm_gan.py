@@ -449,10 +449,10 @@ def main(args: Args) -> None:
     if args.num_updates <= args.warm_start_updates:
         print("warm start  all of it: the critic will learn nothing, lower --warm-start-updates")
     print(f"saturated   {(data.action.abs() > 0.999).float().mean():.1%} of logged actions lie within 0.001 of a bound")
+    terminal_fn = termination_fn(args.termination, data, args.seed)
     sizes = {"num_members": args.num_members, "num_elites": args.num_elites, "hidden_size": args.dynamics_hidden_size}
     fit = {"max_epochs": args.dynamics_max_epochs, "path": args.dynamics, "compile": run.compiled}
     dynamics = load_or_fit(data, args.seed, **sizes, **fit)
-    terminal_fn = termination_fn(args.termination, data, args.seed)
 
     real_rows, obs_dim, action_dim = flat_rows(data), data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)

@@ -309,7 +309,7 @@ class Run:
         reward, args = self.data.reward, self.args
         if "penalty_mean" in values:
             size, penalty = reward.abs().mean().item(), values["penalty_mean"]
-            self._once("penalty", f"{penalty:.3g} a step beside rewards of mean size {size:.3g}")
+            self._once("penalty", f"beside rewards of mean size {size:.3g}: {penalty:.3g} a step")
             if penalty > size:
                 self._once("warning", "the penalty outweighs the rewards: lower its coefficient, or --standardise-obs")
         buffer = self.modules.get("buffer")

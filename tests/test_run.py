@@ -563,6 +563,17 @@ def test_an_environment_whose_package_is_missing_is_refused():
         make_envs(SimpleNamespace(env_spec=spec), 2)
 
 
+@pytest.mark.parametrize("script", ["mopo", "mobile", "combo", "morel", "morel_npg", "sdm_gan"])
+def test_a_rule_that_cannot_be_learned_is_told_before_anything_is_fitted(script, run, tmp_path, capsys):
+    rng, ends = np.random.default_rng(0), np.arange(300) % 50 == 49
+    walk = rng.normal(size=(300, 2)).cumsum(axis=0)
+    arrays = {"observations": walk, "next_observations": np.roll(walk, -1, axis=0), "rewards": walk[:, 0]}
+    np.savez(tmp_path / "own.npz", **arrays, actions=rng.uniform(-1, 1, (300, 1)), terminals=ends)
+    with pytest.raises(InputError, match="cannot be learned from 6 terminals"):
+        run("--dataset", str(tmp_path / "own.npz"), "--termination", "learned", script=script)
+    assert "\ndynamics " not in capsys.readouterr().out
+
+
 # --- Divergence ---
 @every_script
 def test_training_that_diverges_stops_at_the_next_evaluation_and_keeps_the_last_good_checkpoint(
@@ -619,7 +630,7 @@ def test_a_q_value_that_no_policy_can_reach_is_warned_of_once(q, warns, run, mon
 def test_a_penalty_is_shown_beside_the_rewards_and_warned_of_where_it_is_larger(script, run, capsys):
     run("--run-name", "usual", script=script)
     out = capsys.readouterr().out
-    assert "beside rewards of mean size 6" in out and "outweighs" not in out
+    assert out.count("penalty     beside rewards of mean size 6") == 1 and "outweighs" not in out
     run("--run-name", "large", "--penalty-coef", "1e4", script=script)
     assert capsys.readouterr().out.count("warning     the penalty outweighs the rewards") == 1
 
