@@ -212,7 +212,8 @@ class Run:
             self._restore()
         first, last, bar = self.progress["update"], self.args.num_updates, None
         self.start -= self.progress["seconds"]
-        self._write(write_text, self.folder / "config.json", json.dumps(self._config(), indent=2))
+        self.config = json.dumps(self._config(), indent=2)
+        self._write(write_text, self.folder / "config.json", self.config)
         self.writer, self.mark = SummaryWriter(self.folder, purge_step=first + 1), (first, time.monotonic())
         # TensorBoard writes in a thread of its own: what fails there fails here, too, and then in a sentence
         threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
@@ -335,7 +336,7 @@ class Run:
         sizes = {name: known[name] for name in inspect.signature(type(policy)).parameters if name in known}
         what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes}
         what |= {name: torch.as_tensor(x) for name, x in box.items()}
-        self._write(save, self.folder / "policy.pt", what | {"config": (self.folder / "config.json").read_text()})
+        self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
             line, score = "{:<11} {:.1f} (normalised {:.1f}), mean of the {}", np.nanmean(returns)

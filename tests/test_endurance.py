@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ def test_a_killed_run_ends_as_the_undisturbed_one(finished, tmp_path):
 
 
 def test_a_run_that_loses_its_folder_says_so_and_starts_again(finished, tmp_path):
-    right, rng = endurance.contents(finished / "run"), random.Random(0)
-    assert endurance.lose_disk("folder gone", "bc", tmp_path / "home", right, rng) == ""
+    right, at_once = endurance.contents(finished / "run"), SimpleNamespace(uniform=lambda *_: 0.0)
+    assert endurance.lose_disk("folder gone", "bc", tmp_path / "home", right, at_once) == ""
 
 
 def test_another_weight_or_another_row_is_a_difference(finished, tmp_path):

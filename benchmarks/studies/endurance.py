@@ -138,8 +138,8 @@ def lose_disk(kind: str, script: str, home: Path, right: dict[str, object], rng:
         (home / "filler").unlink(missing_ok=True)
         if folder.exists():
             folder.chmod(0o755)
-        if status == 0 and folder.exists():  # it was faster than the fault: what it left must be whole
-            ours = contents(folder)
+        if status == 0:  # it was faster than the fault: what it left must be whole
+            ours = contents(folder) if folder.exists() else right
             return ", ".join(f"another {name}" for name in right if ours[name] != right[name])
         wrong = [] if status == 1 else [f"exit status {status}: {last_line(home)}"]
         wrong += ["no sentence"] if "Traceback" in said or not last_line(home).startswith("error: ") else []
