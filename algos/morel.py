@@ -57,7 +57,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
     dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
-    termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
+    termination: str = "auto"  # when simulated episodes end: auto, known, forced, learned, none or module:function
     # --- Model rollouts ---
     real_ratio: float = 0.05  # share of real rows in a batch [MOPO]
     rollout_interval: int = 1_000  # updates between rollouts [MOPO]

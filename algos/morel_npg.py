@@ -14,9 +14,9 @@ Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fi
 Departures: [elites] The members are Gaussians and the elites take turns at every step; in the authors' code they are
 deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing is
 bootstrapped where a trajectory ends, be it halted or at the horizon, of which V knows: the authors' code marks every
-one as not terminated, so that halting costs almost nothing in A. [first] It also ignores halts in the first three
-steps. [halt] The paper's rule: the authors' code ends the trajectory, by default without a penalty, and its threshold
-is max_D disc / 3.
+one as not terminated, so that halting costs almost nothing in A. [first] It also cuts no trajectory before its fourth
+step, which then pays. [halt] The paper's rule: the authors' code ends the trajectory, by default without a penalty, and
+its threshold is max_D disc / 3.
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -58,7 +58,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_elites: int = 5  # members that simulate, the best by holdout error [MOPO]
     dynamics_hidden_size: int = 200  # units in each of its four layers [MOPO]
     dynamics_max_epochs: int | None = None  # of the fit; by default it ends when no member improves
-    termination: str = "auto"  # when simulated episodes end: auto, known, learned, none or module:function
+    termination: str = "auto"  # when simulated episodes end: auto, known, forced, learned, none or module:function
     # --- Model rollouts ---
     num_trajectories: int = 200  # in an iteration, from the data's initial states [MOReL code]
     horizon: int | None = None  # steps of a trajectory; by default those of the environment's episodes
