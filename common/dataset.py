@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium as gym
 import h5py
@@ -102,8 +103,10 @@ class OfflineDataset:
 
     def raw_obs(self, obs: Tensor) -> Tensor:
         """The reverse (..., obs_dim): float64, or `obs` itself where nothing is rescaled."""
+        if not self.rescaled:
+            return obs
         shift, scale = (torch.as_tensor(x, device=obs.device) for x in (self.obs_shift, self.obs_scale))
-        return obs.double() * scale + shift if self.rescaled else obs
+        return obs.double() * scale + shift
 
     def to_env_action(self, action: np.ndarray) -> np.ndarray:
         """Maps actions (..., action_dim) from [-1, 1], clipped to it, to the environment's box."""
@@ -132,12 +135,12 @@ class OfflineDataset:
             f"{int(self.terminal.sum()):,} terminal ({num_unknown:,} without successor), "
             f"obs {self.obs.shape[1]}, action {self.action.shape[1]}"
         )
-        if not self.ordered:
-            return lines
-        return (
-            f"{lines}\nbehaviour return: min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}; "
-            f"normalised mean {self.normalised_score(returns.mean()):.1f} (0 = {low:g}, 100 = {high:g})"
-        )
+        if self.ordered:
+            lines += (
+                f"\nbehaviour return: min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}; "
+            )
+            lines += f"normalised mean {self.normalised_score(returns.mean()):.1f} (0 = {low:g}, 100 = {high:g})"
+        return lines
 
 
 def cache_dir() -> Path:
@@ -147,12 +150,9 @@ def cache_dir() -> Path:
 
 
 def load_dataset(
-    name: str,
-    device: torch.device | str = "cpu",
-    env_id: str | None = None,
-    standardise_obs: bool = False,
+    name: str, device: torch.device | str = "cpu", env_id: str | None = None, standardise_obs: bool = False,
     trust: bool = False,
-) -> OfflineDataset:
+) -> OfflineDataset:  # fmt: skip
     """Loads `name` and puts it on `device`.
 
     name: "pendulum/random-v0" (made at first use), else a path to an .hdf5, .h5 or .npz file with D4RL's keys, else
@@ -245,14 +245,8 @@ def minari_folder() -> Path:
 @contextmanager
 def minari_writes_to(folder: Path | str) -> Iterator[None]:
     """Its root is the only way to say where."""
-    usual_root = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    try:
+    with patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder)):
         yield
-    finally:
-        os.environ.pop("MINARI_DATASETS_PATH")
-        if usual_root is not None:
-            os.environ["MINARI_DATASETS_PATH"] = usual_root
 
 
 def _download(name: str) -> Path:
