@@ -21,9 +21,8 @@ from typing import TextIO
 
 import ray
 
-from benchmarks.files import writing
 from benchmarks.grid import ROOT, start, state_now
-from common import InputError
+from common import InputError, writing
 
 NUM_TRIES = 6  # of a run whose nodes die
 # Ray kills a task's process, and not what that one has started: Linux does (PR_SET_PDEATHSIG, SIGKILL)

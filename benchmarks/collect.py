@@ -37,7 +37,6 @@ import gymnasium as gym
 import minari
 import numpy as np
 import torch
-import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from minari.data_collector import EpisodeBuffer
 from tqdm import tqdm
@@ -45,6 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import mopo  # noqa: E402
 from benchmarks.envs import LOGS, Act, Begun  # noqa: E402
+from benchmarks.files import start  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import (  # noqa: E402
     cache_dir,
@@ -468,7 +468,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

@@ -1,15 +1,16 @@
 """Names of files that users, settings and data give; and files that are written whole or not at all."""
 
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
 from common import InputError  # noqa: E402
 
 
@@ -28,12 +29,15 @@ def start(main: Callable, Args: type) -> None:
         sys.exit(130)
 
 
-def expand_user(args) -> None:
-    """~ in every path of `args`: a shell leaves that of --out=~/x alone."""
-    for name, value in vars(args).items():
-        several = value if isinstance(value, tuple) else (value,)
-        several = tuple(Path(os.path.expanduser(v)) if isinstance(v, Path) else v for v in several)
-        setattr(args, name, several if isinstance(value, tuple) else several[0])
+@dataclass
+class HomePaths:
+    """A base of Args: ~ in every path, which a shell leaves alone in --out=~/x."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            several = value if isinstance(value, tuple) else (value,)
+            several = tuple(v.expanduser() if isinstance(v, Path) else v for v in several)
+            setattr(self, name, several if isinstance(value, tuple) else several[0])
 
 
 def safe(text: str) -> str:
@@ -46,27 +50,8 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A file to write to, which becomes `path` at the end. What fails leaves the old one, and nothing else.
-
-    Raises InputError where the disk is full or cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        hint = "free some space, or choose a folder that can be written"
-        raise InputError(f"cannot write {path} ({error.strerror or error}): {hint}") from None
-    finally:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:  # the folder itself is gone, or it was never to be written
-            pass
-
-
 def write_text(path: Path, text: str) -> None:
-    with writing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    """As common.write_text, in a folder that is made if need be."""
+    with suppress(OSError):  # it is said when the file cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_text(path, text)

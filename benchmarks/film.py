@@ -19,8 +19,8 @@ import torch.nn as nn
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.files import expand_user, start, writing  # noqa: E402
-from common import InputError  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
+from common import InputError, writing  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
@@ -28,12 +28,9 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # nothing is shown: pygame ne
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs of any script, or folders of them
     trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 def run_folders(paths: tuple[Path, ...]) -> list[Path]:

@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.files import expand_user  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
 from benchmarks.report import difference, interval  # noqa: E402
 from common import InputError  # noqa: E402
 
@@ -36,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "mistakes.md"
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     table: Path = ROOT / "benchmarks" / "mistakes.toml"  # of the mistakes
     only: str = ""  # part of a name, a file or a test: only those mistakes, and no table is written
     workers: int = min(2, os.cpu_count() or 1)  # tests or trainings at a time, one thread each
@@ -46,9 +45,6 @@ class Args:
     seeds: int = 3  # 0 .. seeds - 1, of both copies
     flags: str = ""  # further settings of both, as --flags="--num-updates 2000"
     out: Path = Path("runs/mistakes")  # folder of the trainings
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 def read_table(table: Path) -> list[dict[str, str]]:
@@ -197,7 +193,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args)))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

@@ -22,17 +22,16 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.files import expand_user  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.machine import set_matmul_precision  # noqa: E402
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     peer: Path  # folder of a checkout of OfflineRL-Kit
     script: str  # run_example/run_<script>.py
     dataset: str  # any that ours take
@@ -45,9 +44,6 @@ class Args:
     max_epochs: int | None = None  # of the ensemble's fit
     num_threads: int = 1  # CPU threads
     out: Path = Path("runs/peer")  # folder of its logs and of progress.csv
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 class OldEnv:
@@ -153,7 +149,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    start(main, Args)

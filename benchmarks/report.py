@@ -34,8 +34,8 @@ plt.rcParams["text.parse_math"] = False  # a dollar in a name is one
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.files import expand_user, one_line, safe, start, write_text, writing  # noqa: E402
-from common import InputError  # noqa: E402
+from benchmarks.files import HomePaths, one_line, safe, start, write_text  # noqa: E402
+from common import InputError, writing  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NUM_DRAWS = 10_000  # of a bootstrap
@@ -81,7 +81,7 @@ Seconds are the median over seeds, from the start, the fit of the ensemble inclu
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders of run folders
     out: Path = RESULTS / "runs"  # where the csv files of runs are
     out_dir: Path = RESULTS  # where report and figures are written
@@ -89,9 +89,6 @@ class Args:
     partial: bool = False  # take runs that are not finished, too: what they reached is averaged with the others
     compare: tuple[str, str] | None = None  # two methods by their names in the report: print what lies between them
     datasets: tuple[str, ...] = ()  # to compare them on; by default all that both were run on
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 @dataclass
@@ -521,6 +518,7 @@ def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
     with writing(path) as part:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(part, dpi=110, format="png", metadata={"Software": None, "Source": source})
     plt.close(figure)
 

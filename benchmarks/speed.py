@@ -25,12 +25,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common.dynamics  # noqa: E402
 from algos import bc, combo, cql, iql, mobile, mopo, onestep, sac_bc, td3_bc  # noqa: E402
-from benchmarks.files import expand_user  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 from common.machine import compiled, keep_freed_memory, set_matmul_precision  # noqa: E402
 
@@ -45,16 +44,13 @@ PLANNERS = ("MOPO", "COMBO")  # whose rollouts differ: all members at every row,
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     num_threads: int = 1  # CPU threads
     repetitions: int = 5  # of every contestant, in turns
     num_starts: int = 50_000  # start states of a rollout of 5 steps
     peer: Path | None = None  # folder of a checkout of OfflineRL-Kit
     matmul_precision: str = "highest"  # of ours: highest, high or medium
     only: str = ""  # part of a row's name: those alone, and no file is written
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 def random_rows(seed: int = 0) -> torch.Tensor:
@@ -382,4 +378,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    start(main, Args)

@@ -1,9 +1,40 @@
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 class InputError(Exception):
     """Bad input; the message is one sentence for the user that says what is wrong and what to do."""
+
+
+class WriteError(InputError):
+    """A full disk, a folder that is gone or cannot be written to."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file to write to, which becomes `path` at the end: a kill or a full disk leaves the old one, and nothing else.
+
+    Raises WriteError.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        hint = "make room there, or choose another folder"
+        raise WriteError(f"cannot write {path} ({error.strerror or error}): {hint}") from None
+    finally:
+        with suppress(OSError):  # the folder itself may be gone
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all. Raises WriteError."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def add_working_directory() -> None:

@@ -12,11 +12,9 @@ computed in one batched product. The ensemble knows no method: penalties, thresh
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +24,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset, cache_dir
+from common import InputError, writing
+from common.dataset import OfflineDataset, cache_dir
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 SHORT_FIT = 1_000_000  # rows seen in all: it is over before it is compiled
@@ -233,26 +232,13 @@ class Dynamics(nn.Module):
             std[column] = torch.where(constant, 0.0, deviation)
 
 
-class WriteError(InputError):
-    """A full disk, a folder that is gone or cannot be written to."""
-
-
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """write(temporary), then a rename: a kill leaves the old file or the new one, a full disk the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises either
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise WriteError(f"cannot write {path} ({reason}): make room there, or choose another folder") from None
-
-
 def save(path: Path, state: dict) -> None:
-    """torch.save, atomically. Raises WriteError."""
-    atomically(path, lambda temporary: torch.save(state, temporary))
+    """torch.save, whole or not at all. Raises WriteError."""
+    with writing(path) as part:
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(str(error).splitlines()[0]) from None
 
 
 def rounds_products(device: torch.device) -> bool:

@@ -53,10 +53,8 @@ def call(env: gym.Env, method: str, *given, **named) -> tuple:
         return result
     except Exception as error:  # of any kind: it is the user's simulator
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        right = "reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
-        raise EnvironmentFails(
-            f"{env.spec.id} fails in {method} ({reason}): gymnasium's interface is {right}"
-        ) from None
+        right = "gymnasium's interface is reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
+        raise EnvironmentFails(f"{env.spec.id} fails in {method} ({reason}): {right}") from None
 
 
 def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:

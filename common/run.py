@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, WriteError, write_text
 from common.dataset import OfflineDataset
-from common.dynamics import WriteError, atomically, save
+from common.dynamics import save
 from common.evaluation import EnvironmentFails, evaluate, make_envs
 from common.machine import compiled, keep_freed_memory, set_matmul_precision
 from common.terminations import rule_warning
@@ -216,7 +216,8 @@ class Run:
         self._write(write_text, self.folder / "config.json", self.config)
         self.writer, self.mark = SummaryWriter(self.folder, purge_step=first + 1), (first, time.monotonic())
         # TensorBoard writes in a thread of its own: what fails there fails here, too, and then in a sentence
-        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
+        hook = threading.excepthook
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else hook(x)
         usual = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for i in range(first + 1, last + 1):
@@ -235,6 +236,7 @@ class Run:
         finally:
             with suppress(OSError):
                 self.writer.close()
+            threading.excepthook = hook
             if bar is not None:
                 bar.close()
             for number, handler in usual.items():
@@ -271,13 +273,12 @@ class Run:
         now, (last, then) = time.monotonic(), self.mark
         row = {"update": i, "seconds": now - self.start, "updates_per_second": (i - last) / (now - then)}
         row |= {"return_mean": returns.mean().item(), "return_std": returns.std().item()}
-        row |= {"normalised_score": float(self.data.normalised_score(returns.mean()))} | values
-        history.append(row)
+        row |= {"normalised_score": float(self.data.normalised_score(returns.mean()))}
+        history.append(row := row | values)
         table = csv.DictWriter(text := io.StringIO(), list(row), lineterminator="\n")
         table.writeheader()
         table.writerows(history)
-        self._write(lambda: [self.writer.add_scalar(name, value, i) for name, value in row.items()])
-        self._write(self.writer.flush)
+        self._write(lambda: [*(self.writer.add_scalar(*pair, i) for pair in row.items()), self.writer.flush()])
         self._write(write_text, self.folder / "progress.csv", text.getvalue())
         score = "return {return_mean:8.1f} ± {return_std:<6.1f}  normalised {normalised_score:6.1f}  "
         tqdm.write(f"update {i:>9,}  " + (score + line).format(**row))
@@ -313,8 +314,7 @@ class Run:
             self._once("penalty", f"beside rewards of mean size {size:.3g}: {penalty:.3g} a step")
             if penalty > size:
                 self._once("warning", "the penalty outweighs the rewards: lower its coefficient, or --standardise-obs")
-        buffer = self.modules.get("buffer")
-        if buffer is not None and buffer.size and buffer.rows[: buffer.size, -1].all():
+        if (buffer := self.modules.get("buffer")) and buffer.size and buffer.rows[: buffer.size, -1].all():
             self._once("warning", "every simulated trajectory ends with its first step: look at --termination")
         # Q <= max r / (1 - gamma), or max r where that is negative and the episode ends; alpha pays log 2 a dimension
         best = reward.max().item() + values.get("alpha", 0.0) * self.data.action.shape[1] * math.log(2)
@@ -331,18 +331,17 @@ class Run:
     def finish(self, policy: nn.Module) -> None:
         """policy.pt and the score."""
         data, history = self.data, self.progress["history"]
-        box = {name: getattr(data, name) for name in ("action_low", "action_high", "obs_shift", "obs_scale")}
         known = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1], **asdict(self.args)}
         sizes = {name: known[name] for name in inspect.signature(type(policy)).parameters if name in known}
         what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes}
-        what |= {name: torch.as_tensor(x) for name, x in box.items()}
+        units = ("action_low", "action_high", "obs_shift", "obs_scale")
+        what |= {name: torch.as_tensor(getattr(data, name)) for name in units}
         self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
             line, score = "{:<11} {:.1f} (normalised {:.1f}), mean of the {}", np.nanmean(returns)
-            of = f"last {len(returns)} evaluations" + f", {np.isnan(returns).sum()} failed" * bool(
-                np.isnan(returns).any()
-            )
+            of, failed = f"last {len(returns)} evaluations", np.isnan(returns).sum()
+            of += f", {failed} failed" if failed else ""
             print(line.format("score", score, data.normalised_score(score), of))
             if data.ordered:
                 behaviour = data.episode_returns.mean()
@@ -354,10 +353,9 @@ class Run:
         """write(*what), and in the sentence of a failure how the run can go on."""
         try:
             write(*what)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.folder} ({error.strerror}); {self._last_checkpoint()}") from None
-        except WriteError as error:
-            raise InputError(f"{error}; {self._last_checkpoint()}") from None
+        except (OSError, WriteError) as error:
+            reason = error if isinstance(error, WriteError) else f"cannot write to {self.folder} ({error.strerror})"
+            raise InputError(f"{reason}; {self._last_checkpoint()}") from None
 
     def _last_checkpoint(self) -> str:
         if not self.saved or not (self.folder / "checkpoint.pt").exists():
@@ -394,8 +392,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
         state = {"algo": self.algo, "data_hash": self.data.data_hash, "progress": self.progress}
         state |= {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-        self._write(save, self.folder / "checkpoint.pt", state)
+        self._write(save, self.folder / "checkpoint.pt", state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
         self.saved = self.progress["update"]
 
     def _restore(self) -> None:
@@ -413,8 +410,3 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         self.progress = state["progress"]
         self.saved = self.progress["update"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `save`."""
-    atomically(path, lambda temporary: temporary.write_text(text))

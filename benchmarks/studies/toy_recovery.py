@@ -17,7 +17,6 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 import torch
-import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -25,6 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import osr  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
 from benchmarks.grid import as_json, read_settings  # noqa: E402
 from benchmarks.report import RESULTS, finish, mean_sd, number, table  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
@@ -41,7 +41,7 @@ FOLDER = Path("runs/toy-recovery")  # in the repository
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     num_seeds: int = 3
     out_dir: Path = RESULTS  # where the figure is written
 
@@ -255,4 +255,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    start(main, Args)

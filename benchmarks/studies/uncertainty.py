@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import mobile, morel  # noqa: E402
-from benchmarks.files import expand_user, start, write_text  # noqa: E402
+from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import check_trust, run_folders  # noqa: E402
 from benchmarks.report import number, table, variant_of  # noqa: E402
 from common import InputError  # noqa: E402
@@ -52,16 +52,13 @@ values of different runs cannot be compared.
 
 
 @dataclass
-class Args:
+class Args(HomePaths):
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs, or folders of them
     num_starts: int = 1_000  # logged states that rollouts start from
     num_samples: int = 10  # of every elite: for MOBILE's inconsistency, and others for the value expected
     seed: int = 0  # of starts, rollouts and samples
     out: Path | None = None  # file for the tables
     trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
-
-    def __post_init__(self):
-        expand_user(self)
 
 
 # --- The simulator ---
