@@ -1059,3 +1059,19 @@ def test_the_class_counts_and_not_the_name_it_is_registered_under(tmp_path, monk
     monkeypatch.setitem(gym.registry, "Hopper-v9", EnvSpec("Hopper-v9", entry_point=spaced(Box(-1, 1, (1,)))))
     data = load_dataset(write_hdf5(tmp_path / "a.hdf5", make_rows()), env_id="Hopper-v9")
     assert data.ref_scores is None and np.isnan(data.normalised_score(1.0))
+
+
+def test_a_single_number_changed_in_place_is_seen_though_time_and_size_stay(tmp_path):
+    rng, n, file = np.random.default_rng(0), 300_000, tmp_path / "log.hdf5"
+    with h5py.File(file, "w") as made:  # 10 MB, not compressed: too much to be read at every start
+        made["observations"] = rng.normal(size=(n, 6)).cumsum(axis=0).astype(np.float32)
+        made["actions"] = rng.uniform(-1, 1, (n, 1)).astype(np.float32)
+        made["rewards"] = np.zeros(n, np.float32)
+        made["terminals"], made["timeouts"] = np.zeros(n, bool), np.arange(n) % 1_000 == 999
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    for i, row in enumerate(range(37_501, n, 75_000)):
+        assert load_dataset(str(file)).episode_returns.sum() == i
+        with h5py.File(file, "r+") as made:
+            made["rewards"][row] = 1.0
+        os.utime(file, ns=times)
+    assert load_dataset(str(file)).episode_returns.sum() == i + 1

@@ -595,6 +595,22 @@ def test_training_that_diverges_stops_at_the_next_evaluation_and_keeps_the_last_
     assert all(x.isfinite().all() for x in tensors(state["modules"]).values())
 
 
+def test_what_diverged_never_takes_the_place_of_a_good_checkpoint(run, monkeypatch):
+    update, calls = mopo.update, []
+
+    def poisoned(agent, *rest):
+        info = update(agent, *rest)
+        if calls.append(1) or len(calls) == 15:
+            next(agent.parameters()).data.fill_(math.nan)
+        return info
+
+    monkeypatch.setattr(mopo, "update", poisoned)
+    with pytest.raises(InputError, match="checkpoint of update 10 is whole"):
+        run("--eval-interval", "40")  # no evaluation comes between
+    state = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in tensors(state["modules"]).values())
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
