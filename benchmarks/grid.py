@@ -11,6 +11,9 @@ A grid file has one or more blocks. In a block every list is an axis, every othe
     hidden-sizes = "64 64"             # a setting of several numbers is a text; an axis of them a list of texts
     compile = false                    # --no-compile
 
+What blocks have in common stands in tables: one with `shared = ["small", "large"]` is made once with the settings of
+[shared.small] and once with those of [shared.large], beside its own.
+
 A run's folder is called after its dataset, script, axes and seed: pendulum-random-v0__mopo__penalty-coef=1__0.
 benchmarks/run.py starts and watches the runs, benchmarks/cluster.py does so on several machines.
 """
@@ -188,9 +191,20 @@ def read_grid(args: Args) -> tuple[str, list[dict]]:
     blocks = grid.get("grid")
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks) or not blocks:
         raise InputError(f"{args.grid} has no [[grid]] block")
-    if unknown := grid.keys() - {"name", "grid"}:
+    if unknown := grid.keys() - {"name", "grid", "shared"}:
         raise InputError(f"{args.grid}: {min(unknown)} stands outside of a [[grid]] block")
+    blocks = [merged for block in blocks for merged in with_shared(block, grid.get("shared", {}), args.grid)]
     return args.name or grid.get("name", Path(args.grid).stem), blocks
+
+
+def with_shared(block: dict, tables: dict, file: str) -> list[dict]:
+    """The block itself, or one for each table that it shares."""
+    own = {key: value for key, value in block.items() if key != "shared"}
+    names = block.get("shared", [])
+    for name in names if isinstance(names, list) else [names]:
+        if not isinstance(tables, dict) or not isinstance(tables.get(str(name)), dict):
+            raise InputError(f"{file}: a block shares {name!r}, but there is no [shared.{name}] table")
+    return [tables[name] | own for name in names] if names else [own]
 
 
 def as_json(settings) -> dict:

@@ -177,8 +177,11 @@ def main(args: Args) -> int:
     for name, least in (("workers", 0), ("threads", 1), ("gpus_per_run", 0), ("memory_per_worker", 0.01)):
         if not getattr(args, name) >= least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-    # one variant after the other: runs with the same data and seed wait until one of them has fitted the ensemble
-    runs = sorted(make_runs(*read_grid(args), args), key=lambda run: run.variant)
+    # one variant after the other: runs with the same data and seed wait until one of them has fitted the ensemble;
+    # of a variant one seed after the other, set by set: what a killed grid leaves can be compared
+    runs = make_runs(*read_grid(args), args)
+    place = list(dict.fromkeys(run.settings["dataset"] for run in runs))
+    runs.sort(key=lambda run: (run.variant, run.settings["seed"], place.index(run.settings["dataset"])))
     states = {run: run.state() for run in runs}
     if args.dry_run:
         for run in runs:

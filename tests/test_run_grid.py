@@ -125,6 +125,22 @@ def test_every_grid_here_can_be_read(home, file):
     assert name == file.stem and run.make_runs(name, blocks, args) and not Path("runs").exists()
 
 
+def test_a_block_is_made_once_with_each_table_that_it_shares_and_its_own_settings_win(home):
+    tables = "[shared.a]\nseed = [0, 1]\ngamma = 0.8\n[shared.b]\nseed = 2\nnum-updates = 7\n"
+    Path("g.toml").write_text(tables + '[[grid]]\nscript = "mopo"\nshared = ["a", "b"]\nnum-updates = 5\n')
+    args = run.Args(grid="g.toml")
+    made = [run.settings for run in run.make_runs(*run.read_grid(args), args)]
+    assert [(one["seed"], one["gamma"], one["num_updates"]) for one in made] == [(0, 0.8, 5), (1, 0.8, 5), (2, 0.99, 5)]
+
+
+def test_a_grid_goes_seed_by_seed_and_set_by_set_so_that_a_part_of_it_can_be_compared(home, capsys):
+    axes = 'seed = [0, 1]\ndataset = ["b.npz", "a.npz"]\n'
+    Path("g.toml").write_text("".join(f'[[grid]]\nscript = "{script}"\n{axes}' for script in ("iql", "bc")))
+    assert run.main(run.Args(grid="g.toml", dry_run=True)) == 0
+    names = re.findall(r"--run-name (\S+)", capsys.readouterr().out)
+    assert names == [f"{a}__{b}__{seed}" for seed in (0, 1) for a in ("b.npz", "a.npz") for b in ("iql", "bc")]
+
+
 def test_flags_make_the_same_grid_as_a_file(home):
     text = 'name = "g"\n[[grid]]\nscript = "mopo"\nseed = [0, 1]\npenalty-coef = [0, 1]\nnum-updates = 9\n'
     (home / "f.toml").write_text(text)
@@ -170,6 +186,8 @@ def test_a_printed_command_does_by_hand_what_the_grid_would_have_done(home, caps
         ('[[grid]]\nscript = "mopo"\n[[grid]]\nscript = "mopo"\ngamma = 0.9', "must differ in a list"),
         ('name = "../up"\n[[grid]]\nscript = "mopo"', "cannot be a folder's name"),
         ('seed = 1\n[[grid]]\nscript = "mopo"', "seed stands outside"),
+        ('[[grid]]\nscript = "mopo"\nshared = ["small"]', "shares 'small', but there is no [shared.small] table"),
+        ('shared = 1\n[[grid]]\nscript = "mopo"\nshared = "small"', "there is no [shared.small] table"),
         ("script = ", "is no TOML"),
         ("", "has no [[grid]] block"),
     ],
