@@ -9,7 +9,7 @@ It lowers Q where model and policy go, and raises it on the log. beta = 0 with -
 paper picks beta without the environment, by the value of this regulariser: it is logged as conservative_gap.
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: the proposals, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
-Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 Departures: [lse] as in CQL(H), the first mean is a log-sum-exp over sampled actions; [states] it is taken at all states

@@ -10,7 +10,7 @@ The critic's target is lower by beta U at simulated rows, with the U of the pres
 the rest of the update, and nothing is stored with the rollouts. beta = 0 with --backup-entropy is offline MBPO.
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
-Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and all 5 enter U.
 As in the authors' code, [backup] the critic's target has no entropy, [clamp] on gym-mujoco's sets it is never below 0,

@@ -9,7 +9,7 @@ would exploit that, so every simulated reward pays for the ensemble's own doubt 
 lambda = 0 is offline MBPO (Janner et al. 2019).
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
-Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and the penalty asks all 7.
 Departures: [sample] r^ is the reward that the sampled member samples, as in the authors' code; the paper says the mean.

@@ -10,7 +10,7 @@ happen, and there the model is no longer asked: in the pessimistic MDP the episo
 What a policy earns there is roughly a lower bound of what it earns in truth; each evaluation logs the two side by side.
 Rollouts end:      after h steps, where terminal_fn says so, and at an unknown (s,a).
 Gradient stops at: the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
-Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and disc is taken among them.
 Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine];

@@ -6,7 +6,7 @@ inverse dynamics model I which action leads from s^ to the logged next state s',
     mean KL( pi(.|s^) || I(.|s^,s') )                                        constraint()
 
 is added to the policy's loss of CQL, weighted by lambda. I is fitted first, a variational model whose latent variable
-sees (s, s'). lambda = 0 is cql.py.
+sees (s, s'). lambda = 0 is cql.py with two layers.
 Rollouts end:      there are none.
 Gradient stops at: the proposals, the target in critic_loss, I and s^ in constraint; actor_loss moves the actor alone.
 Normalised:        I's inputs; actions to [-1, 1]; observations and rewards are not.

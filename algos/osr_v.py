@@ -5,7 +5,7 @@ eps which action leads to the logged next state s'. Here the policy's loss is SA
 
     w * mean { log sum_a exp Q(s^,a)  -  Q(s^,a_I) },   a_I ~ I(.|s^,s')        conservative_gap()
 
-CQL's, but at s^: it lowers Q where the policy acts there, and raises it at the actions that lead back to the data.
+CQL's, but at s^: it lowers Q of all actions there, and raises it at those that lead back to the data.
 Rollouts end:      there are none.
 Gradient stops at: the proposals, I and s^, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        I's inputs; actions to [-1, 1]; observations and rewards are not.

@@ -6,7 +6,8 @@ The policy then maximises Q, and pays for its distance to pi_b in the loss (thei
     mean KL( pi(.|s) || pi_b(.|s) )                                          divergence()
 
 Both are normals before tanh, so that the divergence has a closed form. --kl forward pays for - log pi(a|s) of logged
-actions in its place: behaviour cloning, without pi_b. osr.py and sdc.py constrain the same SAC by where actions lead.
+actions in its place: behaviour cloning, without pi_b. osr.py and sdc.py constrain SAC with CQL's critic, by where
+actions lead.
 Rollouts end:      there are none.
 Gradient stops at: pi_b, mean |Q|, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        actions to [-1, 1]; observations and rewards are not.

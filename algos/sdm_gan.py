@@ -10,15 +10,15 @@ whose actions may have any distribution, must deceive D and maximise Q:
 --gan wasserstein puts a critic with gradient penalty in D's place.
 Rollouts end:      after h steps, or where terminal_fn says so; the pairs that D sees after one step.
 Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar in actor_loss, the whole rollout.
-Normalised:        the ensemble's inputs; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, about 8 there, gives
 itself away. Departures: [shared] In a model rollout every state gets an action of its own; in that code all states of a
 chunk get the first one's. [heads] The ensemble and its terminations are those of the other scripts, not learned heads
 of one network. [candidates] Evaluation acts with noise 0, not with the best of ten actions by Q. [weight] Pairs whose
-episode ends weigh 0, and so do as many logged ones; the code drops them. [warm] The model is first asked when the warm
-start is over: at the code's sizes earlier rows would have left the buffer before their first use.
+episode ends weigh 0, and so do as many logged ones; the code drops them. [warm] The first rollout into the buffer
+comes after the warm start: at the code's sizes earlier rows would have left the buffer before their first use.
 Run: python algos/sdm_gan.py
      python algos/sdm_gan.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

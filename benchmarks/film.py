@@ -4,7 +4,6 @@ Run: python benchmarks/film.py runs/my-run
      python benchmarks/film.py runs/demo      every run of a grid
 """
 
-import importlib
 import json
 import os
 import sys
@@ -14,8 +13,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import imageio
-import torch
-import torch.nn as nn
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,24 +54,17 @@ def policy_of(folder: Path, trust: bool) -> tuple[Callable, OfflineDataset, dict
     Raises InputError where the run is not finished, or its data name no environment; without `trust` where its folder
     names a module to import.
     """
-    scripts = [path.stem for path in (Path(__file__).resolve().parents[1] / "algos").glob("*.py")]
     try:
-        config = json.loads((folder / "config.json").read_text())
-        algo, args = config["algo"], config["args"]
+        args = json.loads((folder / "config.json").read_text())["args"]
         dataset, env_id = (str(args[name]) for name in ("dataset", "env_id"))
-        if algo not in scripts:  # only ours are imported
-            raise ValueError(f"there is no algos/{algo}.py")
-        kind = torch.load(folder / "policy.pt", map_location="cpu", weights_only=True)["class"]
     except Exception as error:  # a folder can be damaged in any way
-        raise InputError(f"{folder} is no finished run of a script in algos/ ({error}): finish that run") from None
+        raise InputError(f"{folder} is no run of a script in algos/ ({error}): name another") from None
     check_trust(folder, (env_id,), trust)
-    Actor = getattr(importlib.import_module(f"algos.{algo}"), str(kind), None)
-    if not isinstance(Actor, type) or not issubclass(Actor, nn.Module):
-        raise InputError(f"{folder} has a policy of the class {kind}, which algos/{algo}.py has not: train it again")
+    policy = load_policy(folder)
     data = load_dataset(dataset, env_id=env_id or None, trust=trust)
     if data.env_spec is None:
         raise InputError(f"{dataset} names no environment and {folder} was given none: there is none to act in")
-    return load_policy(folder, Actor), data, args
+    return policy, data, args
 
 
 def film(folder: Path, trust: bool = False) -> Path:

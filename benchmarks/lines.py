@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 READING_ORDER = {  # script: the one to read first
     "mopo": None, "mobile": "mopo", "morel": "mopo", "morel_npg": "morel", "combo": "mopo", "cql": "combo",
-    "osr": "cql", "osr_v": "osr", "sdc": "osr", "sac_bc": "mopo", "onestep": "sac_bc", "iql": "cql",
+    "osr": "cql", "osr_v": "osr", "sdc": "osr", "sac_bc": "mopo", "onestep": "sac_bc", "fqe": "onestep", "iql": "cql",
     "td3_bc": "cql", "bc": "td3_bc", "sdm_gan": "combo",
 }  # fmt: skip
 

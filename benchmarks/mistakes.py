@@ -6,6 +6,8 @@ Run: python benchmarks/mistakes.py                     # every test passes befor
      python benchmarks/mistakes.py --only algos/combo.py
      python benchmarks/mistakes.py --train combo-beta-dropped --dataset hopper/medium-v0 --seeds 3
 trains the script with the mistake beside the right one and writes what it costs; called again it goes on.
+     python benchmarks/mistakes.py --exercise 3        # find and mend it: exercises.md
+     python benchmarks/mistakes.py --check 3
 """
 
 import itertools
@@ -32,6 +34,7 @@ from benchmarks.report import difference, interval  # noqa: E402
 from common import InputError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "mistakes.md"
+EXERCISES = ROOT / "benchmarks" / "exercises.md"
 
 
 @dataclass
@@ -44,7 +47,9 @@ class Args(HomePaths):
     dataset: str = "pendulum/random-v0"  # to train on, as the scripts take it
     seeds: int = 3  # 0 .. seeds - 1, of both copies
     flags: str = ""  # further settings of both, as --flags="--num-updates 2000"
-    out: Path = Path("runs/mistakes")  # folder of the trainings
+    exercise: int = 0  # from 1: a copy with that exercise's mistake
+    check: int = 0  # from 1: is it mended?
+    out: Path = Path("runs/mistakes")  # folder of the trainings and of the exercises
 
 
 def read_table(table: Path) -> list[dict[str, str]]:
@@ -61,7 +66,7 @@ def read_table(table: Path) -> list[dict[str, str]]:
 
 def copy_to(folder: Path, row: dict[str, str] | None = None) -> Path:
     """The repository, with a mistake where one is given."""
-    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv")
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv", "mistakes.*")
     shutil.copytree(ROOT, folder, ignore=ignored)
     if row:
         (folder / row["file"]).write_text((ROOT / row["file"]).read_text().replace(row["old"], row["new"]))
@@ -172,8 +177,45 @@ def score(run: Path) -> tuple[float, float]:
     return rows["return_mean"].mean(), rows["normalised_score"].mean()
 
 
+# --- Exercises ---
+def exercise(number: int, args: Args) -> tuple[dict[str, str], Path]:
+    """Its mistake and its folder. Raises InputError where there is none of that number."""
+    names = tomllib.loads(args.table.read_text())["exercises"]
+    if not 1 <= number <= len(names):
+        raise InputError(f"there is no exercise {number}: they are 1 to {len(names)}")
+    row = next(row for row in read_table(args.table) if row["name"] == names[number - 1])
+    return row, args.out.absolute() / f"exercise-{number}"
+
+
+def make_exercise(number: int, args: Args) -> str:
+    """The copy, with the mistake. Returns what there is to say about it."""
+    row, folder = exercise(number, args)
+    if folder.exists():
+        raise InputError(f"{folder} is there already: go on in it, or delete it to begin again")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:  # a copy inside its own source might never end
+        shutil.move(copy_to(Path(scratch, "copy"), row), folder)
+    title, task = re.search(rf"(?m)^## ({number}\. .*)\n\n.*\n\n((?:.+\n)+)", EXERCISES.read_text()).groups()
+    return f"{title}\n\n{task}\nIn {folder / row['file']} is the mistake. Mend it, then --check {number}."
+
+
+def check(number: int, args: Args) -> str:
+    """ "mended", or what is still wrong. The file is put into a fresh copy: nothing else in the folder counts."""
+    row, folder = exercise(number, args)
+    if not (file := folder / row["file"]).is_file():
+        raise InputError(f"no {file}: make it with --exercise {number}")
+    result = outcome(row | {"old": (ROOT / row["file"]).read_text(), "new": file.read_text()})
+    return {"not noticed": "mended", "noticed": "not mended yet"}.get(result, f"{file} does not run: {result}")
+
+
 def main(args: Args) -> int:
-    """Exit status: 0 when every mistake is noticed, else 1."""
+    """Exit status: 0 when every mistake is noticed, or the exercise is mended, else 1."""
+    if args.exercise:
+        print(make_exercise(args.exercise, args))
+        return 0
+    if args.check:
+        print(result := check(args.check, args))
+        return int(result != "mended")
     mistakes = read_table(args.table)
     if args.train:
         if args.train not in (names := [row["name"] for row in mistakes]):

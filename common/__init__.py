@@ -14,6 +14,18 @@ class WriteError(InputError):
 
 
 @contextmanager
+def explained(what: str, hint: str, kind: type[InputError] = InputError) -> Iterator[None]:
+    """One sentence for whatever goes wrong inside: `what` it comes to, the reason, and the `hint`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: files may be damaged, simulators and modules are the user's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(f"{what} ({reason}){hides(error)}: {hint}") from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A file to write to, which becomes `path` at the end: a kill or a full disk leaves the old one, and nothing else.
 

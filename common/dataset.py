@@ -11,8 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -28,7 +28,7 @@ from gymnasium.spaces.utils import flatten_space
 from minari.storage import get_dataset_path
 from torch import Tensor
 
-from common import InputError, add_working_directory, hides
+from common import InputError, WriteError, add_working_directory, explained, writing
 from common.checks import NoEpisodes, examine
 from common.download import D4RL, D4RL_ENVS, d4rl_file
 from common.units import Rows, check_finite, rescale
@@ -50,17 +50,10 @@ GYM_KEYS = {"terminals": "terminations terminated terminateds", "timeouts": "tru
 CACHE_VERSION = 2  # part of every cache key: raise it when the arrays made from the same file change
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # h5py, zipfile and minari raise many kinds for files that are damaged or something else
-        hint = "it is damaged or of another format, get it again"
-        if "Object arrays" in str(error):  # np.load's word for lists of unequal lengths, None, text
-            hint = "store each key as one array of numbers, such as np.array(rows, np.float32)"
-        raise InputError(f"Cannot read {path} ({' '.join(str(error).split())}): {hint}.") from error
+def _readable(path: Path) -> AbstractContextManager:
+    """What fails inside is to blame on the file."""
+    hint = "it is damaged or of another format, get it again, or store each key as one array of numbers"
+    return explained(f"Cannot read {path}", hint)
 
 
 @dataclass
@@ -127,20 +120,17 @@ class OfflineDataset:
 
     def summary(self) -> str:
         """Three lines for the start of a log; two where the rows follow no order."""
-        returns, num_unknown = self.episode_returns, int((~self.successor_known).sum())
-        low, high = self.ref_scores or (np.nan, np.nan)
-        lines = (
-            f"{self.name}: {self.source}, environment {self.env_spec.id if self.env_spec else 'unknown'}\n"
-            f"{f'{len(returns):,} episodes' if self.ordered else 'the rows follow no order'}, {len(self.obs):,} steps, "
-            f"{int(self.terminal.sum()):,} terminal ({num_unknown:,} without successor), "
-            f"obs {self.obs.shape[1]}, action {self.action.shape[1]}"
-        )
+        returns, (low, high) = self.episode_returns, self.ref_scores or (np.nan, np.nan)
+        lines = [f"{self.name}: {self.source}, environment {self.env_spec.id if self.env_spec else 'unknown'}"]
+        episodes = f"{len(returns):,} episodes" if self.ordered else "the rows follow no order"
+        ends = f"{int(self.terminal.sum()):,} terminal ({int((~self.successor_known).sum()):,} without successor)"
+        dims = f"obs {self.obs.shape[1]}, action {self.action.shape[1]}"
+        lines.append(f"{episodes}, {len(self.obs):,} steps, {ends}, {dims}")
         if self.ordered:
-            lines += (
-                f"\nbehaviour return: min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}; "
-            )
-            lines += f"normalised mean {self.normalised_score(returns.mean()):.1f} (0 = {low:g}, 100 = {high:g})"
-        return lines
+            behaviour = f"min {returns.min():.1f}, mean {returns.mean():.1f}, max {returns.max():.1f}"
+            score = f"{self.normalised_score(returns.mean()):.1f} (0 = {low:g}, 100 = {high:g})"
+            lines.append(f"behaviour return: {behaviour}; normalised mean {score}")
+        return "\n".join(lines)
 
 
 def cache_dir() -> Path:
@@ -172,9 +162,8 @@ def load_dataset(
         minari_set, env_spec, ref_scores = _open_minari(path, name, env_id is None, trust)
         source, version, read = f"Minari dataset in {path}", _version(path), lambda: _read_minari(minari_set, path)
         # the spaces stored with the data: no need to install the package that registers the environment
-        env_spec, obs_space = _flattened(env_spec, minari_set.observation_space)
         action_space = minari_set.action_space
-        _check_spaces(obs_space, action_space, name)
+        env_spec, obs_space = _flattened(env_spec, minari_set.observation_space, action_space, name)
     else:
         source, version, read = str(path), _version(path), lambda: _read_flat(path)
         if name in D4RL:
@@ -193,8 +182,8 @@ def load_dataset(
     action = np.concatenate([arrays["action"], arrays["cut_action"]]) if len(arrays["cut_rows"]) else arrays["action"]
     for what, array, space in (("observations", obs, obs_space), ("actions", action, action_space)):
         if space is not None and space.shape != array.shape[1:]:
-            counts = f"{name} has {what} of {array.shape[1]} numbers but {env_id} has {space.shape[0]}"
-            raise InputError(f"{counts}: choose the environment that the data were recorded in (--env-id).")
+            counts = f"{array.shape[1]} numbers but {env_id or 'its own space'} has {space.shape[0]}"
+            raise InputError(f"{name} has {what} of {counts}: choose the environment of the recording (--env-id).")
     if action_space is None:  # nothing known about the environment: assume D4RL's convention
         action_space = gym.spaces.Box(-1.0, 1.0, (action.shape[1],))
     low, high = _box(action_space, action, name)
@@ -235,49 +224,38 @@ def _is_flat(path: Path) -> bool:
 
 def minari_folder() -> Path:
     """Where Minari has its datasets; it is made."""
-    try:
+    with explained("Minari's folder cannot be made", "set MINARI_DATASETS_PATH to a folder that can be written"):
         return get_dataset_path()
-    except OSError as error:
-        hint = "set MINARI_DATASETS_PATH to a folder that can be written"
-        raise InputError(f"Minari's folder cannot be made ({error}): {hint}") from None
 
 
-@contextmanager
-def minari_writes_to(folder: Path | str) -> Iterator[None]:
+def minari_writes_to(folder: Path | str) -> AbstractContextManager:
     """Its root is the only way to say where."""
-    with patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder)):
-        yield
+    return patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder))
 
 
 def _download(name: str) -> Path:
-    """Downloads a Minari dataset; fails at once when its remote cannot be reached. Returns its data folder."""
+    """Downloads a Minari dataset, whole or not at all. Returns its data folder."""
     root = minari_folder()
-    try:
-        if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
-            # Minari retries for half a minute before it gives up: one short request, through the library's own
-            # client (proxies, offline mode), tells first whether there is a network at all
-            from huggingface_hub import constants
-            from huggingface_hub.utils import get_session
-
-            get_session().head(constants.ENDPOINT, timeout=5)
-        # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
-        hidden = tempfile.TemporaryDirectory(dir=root, prefix=".downloading-")
-        with FileLock(root / ".downloading.lock"), hidden as part:
-            if not (root / name / "data").exists():  # else another process was faster
-                with minari_writes_to(part):
-                    minari.download_dataset(name)
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                os.rename(Path(part, name), root / name)
-        return root / name / "data"
-    except Exception as error:  # malformed or unknown id, no network, no space: the user needs the same hint
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
     found = sorted(str(file.parent.parent.relative_to(root)) for file in root.glob("**/data/metadata.json"))
-    raise InputError(
-        f"No dataset {name!r}: it is no data file, no folder of a Minari dataset, not among the local ones in {root} "
-        f"({', '.join(n for n in found if not n.startswith('.')) or 'none'}), and its download failed ({reason}): "
-        f"correct the name, or run `minari download {name}` where there is a network and copy the folder to "
-        f"{root / name}, or set MINARI_DATASETS_PATH to where it lies."
-    )
+    local = f"in {root} ({', '.join(n for n in found if not n.startswith('.')) or 'none'})"
+    what = f"No dataset {name!r}: it is no data file, no folder of a Minari dataset, not among the local ones {local}"
+    hint = f"correct the name, or run `minari download {name}` where there is a network and copy the folder to"
+    hint = f"{hint} {root / name}, or set MINARI_DATASETS_PATH to where it lies"
+    # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
+    hidden = {"dir": root, "prefix": ".downloading-"}
+    lock = FileLock(root / ".downloading.lock")
+    with explained(f"{what}, and its download failed", hint), lock, tempfile.TemporaryDirectory(**hidden) as part:
+        if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
+            from huggingface_hub import constants, utils
+
+            # Minari retries for half a minute: one short request tells first whether there is a network at all
+            utils.get_session().head(constants.ENDPOINT, timeout=5)
+        if not (root / name / "data").exists():  # else another process was faster
+            with minari_writes_to(part):
+                minari.download_dataset(name)
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(Path(part, name), root / name)
+    return root / name / "data"
 
 
 def _version(path: Path) -> str:
@@ -310,10 +288,9 @@ def _cached(version: str, read: Callable[[], Rows]) -> Rows:
     arrays["data_hash"] = np.array(digest.hexdigest())
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_file.parent) as folder:
-            np.savez(Path(folder, "new.npz"), **arrays)
-            os.replace(Path(folder, "new.npz"), cache_file)  # at once: a reader never sees half a file
-    except OSError as error:
+        with writing(cache_file) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
+    except (OSError, WriteError) as error:
         print(f"note: the dataset is not cached ({error})", file=sys.stderr)
     return arrays
 
@@ -346,14 +323,7 @@ def _read_flat(path: Path) -> Rows:
             with suppress(ValueError):  # Python objects
                 if "/" not in key and getattr(file[key], "shape", ())[:1] == rows["rewards"].shape:
                     unread.append(key)
-    obs, next_obs = rows["observations"], rows.get("next_observations")
-    for key, array in rows.items():
-        if len(array) != len(obs):
-            raise InputError(f"{path} has {len(obs)} observations but {len(array)} {key}: every row needs one of each.")
-    if next_obs is not None and next_obs.shape != obs.shape:
-        raise InputError(f"{path} has observations {obs.shape} but next_observations {next_obs.shape}: both must fit.")
-    check_finite(rows, path)
-    rows |= {key: rows[key] != 0 if key in rows else np.zeros(len(obs), bool) for key in ("terminals", "timeouts")}
+    rows = _checked(rows, path)
     notes = [f"note: not read: {', '.join(unread)} in {path}"] if unread else []
     if {"masks", "valids"} & rows.keys():
         rows = _from_ogbench(rows)
@@ -361,6 +331,18 @@ def _read_flat(path: Path) -> Rows:
     if "next_observations" not in rows and not rows["timeouts"].any():
         notes.append(f"note: {path} marks no time limits: only its terminals separate episodes")
     return rows | {"notes": notes}
+
+
+def _checked(rows: Rows, path: Path) -> Rows:
+    """Finite rows of which each has one of everything; flags become bool."""
+    obs, next_obs = rows["observations"], rows.get("next_observations", rows["observations"])
+    for key, array in rows.items():
+        if len(array) != len(obs):
+            raise InputError(f"{path} has {len(obs)} observations but {len(array)} {key}: every row needs one of each.")
+    if next_obs.shape != obs.shape:
+        raise InputError(f"{path} has observations {obs.shape} but next_observations {next_obs.shape}: both must fit.")
+    check_finite(rows, path)
+    return rows | {key: rows.get(key, np.zeros(len(obs))) != 0 for key in ("terminals", "timeouts")}
 
 
 def _from_ogbench(rows: Rows) -> Rows:
@@ -385,11 +367,10 @@ def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.n
     if len(stored.shape) != 1 and not (len(stored.shape) == 2 and (is_vector or stored.shape[1] == 1)):
         raise InputError(f"{path} has {key} of shape {stored.shape}: expected {'(n, dim)' if is_vector else '(n,)'}.")
     wide = key in ("observations", "next_observations")
-    array = np.empty(stored.shape, np.result_type(stored.dtype, np.float32) if wide else np.float32)
-    if isinstance(stored, h5py.Dataset) and stored.dtype.kind == "f" and stored.size:
-        stored.read_direct(array)  # HDF5 converts block by block: no float64 copy of the whole array
-    else:
-        array[...] = stored[...]
+    dtype = np.result_type(stored.dtype, np.float32) if wide else np.dtype(np.float32)
+    if isinstance(stored, h5py.Dataset) and stored.dtype.kind == "f":
+        stored = stored.astype(dtype)  # HDF5 converts block by block: no float64 copy of the whole array
+    array = np.asarray(stored[...], dtype)
     return array.reshape(len(array), -1 if array.size else 1) if is_vector else array.reshape(-1)
 
 
@@ -397,9 +378,6 @@ def _open_minari(path: Path, name: str, wants_env: bool, trust: bool) -> tuple:
     """The dataset, its environment, its reference scores. Without `trust` nothing runs that only the data name."""
     with _readable(path):
         metadata = json.loads((path / "metadata.json").read_text())
-        for key in ("total_episodes", "total_steps"):
-            if type(count := metadata.get(key)) is not int or count < 0:
-                raise InputError(f"{path} has {count!r:.50} for {key}, not a count: get another version of it.")
         spec = json.loads(metadata.get("env_spec") or "null")
         # Minari makes the environment itself where it misses a space
         may_run = spec and not trust and (wants_env or not {"observation_space", "action_space"} <= metadata.keys())
@@ -427,34 +405,27 @@ def _unknown_code(spec: dict) -> list[str]:
     return [str(point) for point in named if point not in known]
 
 
-def _read_minari(dataset: minari.MinariDataset, path: Path) -> dict[str, np.ndarray]:
-    n, action_shape = dataset.total_steps, dataset.action_space.shape
-    obs_shape, stop = flatten_space(dataset.observation_space).shape, 0
+def _read_minari(dataset: minari.MinariDataset, path: Path) -> Rows:
+    parts, keys = [], ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
     with _readable(path):
-        wide = np.result_type(flatten_space(dataset.observation_space).dtype, np.float32)
-        rows = {key: np.empty((n, *obs_shape), wide) for key in ("observations", "next_observations")}
-        rows |= {"actions": np.empty((n, *action_shape), np.float32), "rewards": np.empty(n, np.float32)}
-        rows |= {key: np.zeros(n, bool) for key in ("terminals", "timeouts", "episode_end")}
         for episode in dataset:
-            length, obs = len(episode.rewards), episode.observations
+            obs, num_steps = episode.observations, len(episode.rewards)
             if isinstance(obs, dict):
-                obs = np.concatenate([obs[key] for key in sorted(obs)], axis=1)  # (length + 1, obs_dim)
-            if len(obs) != length + 1:
-                counts = f"{len(obs)} observations for {length} rewards, which should be one more"
+                obs = np.concatenate([obs[key] for key in sorted(obs)], axis=1)  # (num_steps + 1, obs_dim)
+            part = obs[:-1], obs[1:], episode.actions, episode.rewards, episode.terminations, episode.truncations
+            if {*map(len, part)} != {num_steps}:
+                counts = f"{len(obs)} observations for {num_steps} rewards, or other counts that do not fit"
                 raise InputError(f"Episode {episode.id} in {path} has {counts}: get another version of it.")
-            at, stop = slice(stop, stop + length), stop + length
-            parts = dict(observations=obs[:-1], next_observations=obs[1:], actions=episode.actions)
-            parts |= dict(rewards=episode.rewards, terminals=episode.terminations, timeouts=episode.truncations)
-            for key, part in parts.items():
-                if np.shape(part) != rows[key][at].shape:  # NumPy would repeat what is too small
-                    shapes = f"{key} {np.shape(part)} where {rows[key][at].shape} are promised"
-                    raise InputError(f"Episode {episode.id} in {path} has {shapes}: get another version of it.")
-                rows[key][at] = part
-            rows["episode_end"][at][-1:] = True  # also of an incomplete episode, which has neither flag
-    if stop != n:
-        raise InputError(f"{path} promises {n} steps and holds {stop}: delete it and get it again.")
-    check_finite(rows, path)
-    return rows
+            parts.append(part)
+        lengths = [len(obs) for obs, *_ in parts]
+        if sum(lengths) != dataset.total_steps:
+            counts = f"{dataset.total_steps} steps and holds {sum(lengths)}"
+            raise InputError(f"{path} promises {counts}: delete it and get it again.")
+        if not sum(lengths):
+            raise InputError(f"{path} is empty: it has no rows.")
+        rows = {key: _read_array(np.concatenate(arrays), key, path) for key, *arrays in zip(keys, *parts)}
+    ends = np.isin(np.arange(1, sum(lengths) + 1), np.cumsum(lengths))  # also where an episode has neither flag
+    return _checked(rows, path) | {"episode_end": ends}
 
 
 def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bool) -> Rows:
@@ -490,43 +461,41 @@ def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bo
 # --- Environments ---
 def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     """Spec, observation space and action space of a registered environment, "Name-v0" or "package:Name-v0"."""
-    try:
+    with explained(f"Cannot make environment {env_id!r}", "check the id given as --env-id"):
         module, _, registered_id = env_id.rpartition(":")
         if module:
             importlib.import_module(module)
         env_spec = gym.spec(registered_id)
         env = gym.make(env_spec)
-    except Exception as error:  # unknown id, package not installed, version without an implementation
-        what = f"Cannot make environment {env_id!r} ({error}){hides(error)}"
-        raise InputError(f"{what}: check the id given as --env-id.") from error
     env.close()
-    env_spec, obs_space = _flattened(env_spec, env.observation_space)
-    _check_spaces(obs_space, env.action_space, env_id)
+    env_spec, obs_space = _flattened(env_spec, env.observation_space, env.action_space, env_id)
     if not env.action_space.is_bounded():  # RescaleAction needs bounds, ClipAction takes them away
         how = "wrap it in TransformAction with a Box that has bounds (RescaleAction and ClipAction want them already)"
         raise InputError(f"{env_id} has actions in {env.action_space}, without bounds: {how}.")
     return env_spec, obs_space, env.action_space
 
 
-def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space) -> tuple[EnvSpec | None, gym.Space]:
-    """Where observations are dictionaries of float vectors: the flat space, and the spec of an environment with it."""
+def _flattened(
+    env_spec: EnvSpec | None, obs_space: gym.Space, action_space: gym.Space, name: str
+) -> tuple[EnvSpec | None, gym.Space]:
+    """Where observations are dictionaries of float vectors: the flat space, and the spec of an environment with it.
+
+    Raises InputError where observations or actions are no vectors.
+    """
+    is_vector = lambda space: isinstance(space, gym.spaces.Box) and len(space.shape) == 1  # noqa: E731
     spaces = obs_space.spaces if isinstance(obs_space, gym.spaces.Dict) else {}
-    floats = [isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.dtype.kind == "f" for s in spaces.values()]
-    if not spaces or not all(floats):
-        return env_spec, obs_space
-    if env_spec is not None:
-        # Minari stores a space with its keys sorted; the environment's own may be in another order
-        in_order = gym.wrappers.FilterObservation.wrapper_spec(filter_keys=sorted(spaces))
-        wrappers = (*env_spec.additional_wrappers, in_order, gym.wrappers.FlattenObservation.wrapper_spec())
-        env_spec = replace(env_spec, additional_wrappers=wrappers)
-    return env_spec, flatten_space(gym.spaces.Dict(dict(sorted(spaces.items()))))
-
-
-def _check_spaces(obs_space: gym.Space, action_space: gym.Space, name: str) -> None:
+    if spaces and all(is_vector(space) and space.dtype.kind == "f" for space in spaces.values()):
+        obs_space = flatten_space(gym.spaces.Dict(dict(sorted(spaces.items()))))
+        if env_spec is not None:
+            # Minari stores a space with its keys sorted; the environment's own may be in another order
+            in_order = gym.wrappers.FilterObservation.wrapper_spec(filter_keys=sorted(spaces))
+            wrappers = (*env_spec.additional_wrappers, in_order, gym.wrappers.FlattenObservation.wrapper_spec())
+            env_spec = replace(env_spec, additional_wrappers=wrappers)
     for what, space in (("observations", obs_space), ("actions", action_space)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        if not is_vector(space):
             kinds = "only vectors, as observations also dictionaries of float vectors, but not discrete or image"
             raise InputError(f"{name} has {what} in {space}: {kinds}.")
+    return env_spec, obs_space
 
 
 def gym_class(env_spec: EnvSpec | None) -> str | None:
@@ -559,12 +528,12 @@ def _box(space: gym.spaces.Box, action: np.ndarray, name: str) -> tuple[np.ndarr
 
 def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
     """Scales action (n, action_dim) from its box to [-1, 1] in place; says on stderr how many had to be clipped."""
-    action -= (high + low) / 2
     half = (high - low) / 2
+    action -= (high + low) / 2
     action /= np.where(half > 0, half, 1)
-    outside = np.abs(action) > np.where(half > 0, 1, 0) + 1e-5  # not those that rounding put there
+    outside = (np.abs(action) > np.where(half > 0, 1, 0) + 1e-5).any(axis=1)  # not those that rounding put there
     action[:, half == 0] = 0  # a component that the box fixes
-    if num_outside := int(outside.any(axis=1).sum()):
-        counts = f"{num_outside:,} of {len(action):,}"
+    if outside.any():
+        counts = f"{outside.sum():,} of {len(action):,}"
         print(f"warning: {counts} actions in {name} lie outside the box and were clipped to it", file=sys.stderr)
     np.clip(action, -1.0, 1.0, out=action)

@@ -1,13 +1,12 @@
-"""D4RL's gym-mujoco v2 datasets by name: a file that is there already, else downloaded, resumed and checked."""
+"""D4RL's gym-mujoco v2 datasets by name: a file that is there already, else downloaded and checked."""
 
-import hashlib
-import http.client
 import os
+import socket
 import sys
-import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
+from torch.hub import download_url_to_file
 
 from common import InputError
 
@@ -48,73 +47,26 @@ def d4rl_file(name: str) -> Path:
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     file = folder / f"{name[len('d4rl/') : -len('-v2')].replace('-', '_')}-v2.hdf5"
     if not file.exists():
-        _download(f"{D4RL_URL}/{file.name}", file, size, sha256)
-    if file.stat().st_size != size:
-        raise InputError(
-            f"{file} has {file.stat().st_size:,} bytes but D4RL's file has {size:,}: move it away to have the same "
-            "command download it, or give its path as --dataset to use it as it is."
-        )
+        _download(f"{D4RL_URL}/{file.name}", file, sha256)
+    if (found := file.stat().st_size) != size:
+        hint = "move it away to have the same command download it, or give its path as --dataset to use it as it is"
+        raise InputError(f"{file} has {found:,} bytes but D4RL's file has {size:,}: {hint}.")
     return file
 
 
-def _download(url: str, file: Path, size: int, sha256: str) -> None:
-    """Into <file>.part, from where an earlier download stopped; moved to `file` only when whole and right.
-
-    Two processes may do so at once, without a lock: each writes the server's bytes to their own places, so that both
-    write the same, and stops when the other one has finished.
-    """
-    part = file.with_name(f"{file.name}.part")
-    start, reason = part.stat().st_size if part.exists() else 0, ""
-    if start < size:
-        with _request(url, file.parent, start) as response:
-            start = start if response.status == 206 else 0  # 200: the server sends the whole file, whatever was asked
-            length = response.headers["Content-Length"]
-            if length is not None and start + int(length) != size:
-                raise InputError(f"{url} is not D4RL's file of {size:,} bytes: put that one into {file.parent}.")
-            reason = _receive(response, part, file, start, size)
+def _download(url: str, file: Path, sha256: str) -> None:
+    """Into a file beside it, which becomes `file` only when its SHA-256 begins with `sha256`."""
+    usual = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # torch gives urlopen none
     try:
-        if file.exists():  # another process was faster
-            part.unlink(missing_ok=True)
-            return
-        if part.stat().st_size < size:
-            raise InputError(
-                f"{url} broke off after {part.stat().st_size:,} of {size:,} bytes ({reason}): the same command resumes."
-            )
-        with part.open("rb") as opened:
-            right = hashlib.file_digest(opened, "sha256").hexdigest().startswith(sha256)
-        if not right:
-            part.unlink()
-            raise InputError(f"What came from {url} has a wrong SHA-256 and was deleted: the same command tries again.")
-        os.replace(part, file)
-    except OSError as error:
-        if not file.exists():  # else another process moved it a moment ago
-            raise InputError(f"Cannot write {file} ({reason or error}): correct D4RL_DATASET_DIR.") from error
-
-
-def _request(url: str, folder: Path, start: int) -> http.client.HTTPResponse:
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except (OSError, http.client.HTTPException) as error:
-        if start and getattr(error, "code", None) == 416:  # the server's file ends before that
-            return _request(url, folder, 0)
-        raise InputError(
-            f"{url.rpartition('/')[2]} is not in {folder}, and its download from {url} failed ({error}): run the same "
-            "command where there is a network, or put the file there, or set D4RL_DATASET_DIR to where it lies."
-        ) from error
-
-
-def _receive(response: http.client.HTTPResponse, part: Path, file: Path, start: int, size: int) -> str:
-    """Writes the response to its place in `part`. Returns what stopped it."""
-    style = dict(unit="B", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30, leave=False)
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        with tqdm(desc=file.name, initial=start, total=size, **style) as bar, part.open("r+b") as opened:
-            opened.seek(start)
-            while not file.exists() and (chunk := response.read(2**16)):
-                opened.write(chunk)
-                bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        return str(error)
-    return "the server closed the connection"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(url, str(file), sha256, progress=sys.stderr.isatty())
+    except RuntimeError:  # torch's word for another hash
+        what = f"What came from {url} has a wrong SHA-256, because it broke off or is another file"
+        raise InputError(f"{what}: it was deleted, and the same command tries again.") from None
+    except (OSError, HTTPException) as error:
+        what = f"{file.name} is not in {file.parent}, and its download from {url} failed ({error})"
+        hint = "run the same command where there is a network, or put the file there, or set D4RL_DATASET_DIR"
+        raise InputError(f"{what}: {hint} to a folder that has it or can be written.") from None
+    finally:
+        socket.setdefaulttimeout(usual)

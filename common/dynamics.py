@@ -12,9 +12,9 @@ computed in one batched product. The ensemble knows no method: penalties, thresh
 import hashlib
 import json
 import math
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
-from common import InputError, writing
+from common import InputError, explained, writing
 from common.dataset import OfflineDataset, cache_dir
+from common.machine import progress_bar, rounds_products
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 SHORT_FIT = 1_000_000  # rows seen in all: it is over before it is compiled
@@ -184,8 +184,7 @@ class Dynamics(nn.Module):
             generator.set_state(state["generator"].cpu())
             best, epoch, stale = state["best"], state["epoch"], state["stale"]
         batch_size = min(batch_size, len(train))
-        interval = 0.1 if sys.stderr.isatty() else 30
-        bar = tqdm(desc="dynamics", total=len(train) // batch_size, unit="minibatch", mininterval=interval, leave=False)
+        bar = progress_bar("dynamics", len(train) // batch_size, "minibatch")
         saved = time.monotonic()
         while stale <= patience and (max_epochs is None or epoch < max_epochs):
             epoch += 1
@@ -241,39 +240,35 @@ def save(path: Path, state: dict) -> None:
             raise OSError(str(error).splitlines()[0]) from None
 
 
-def rounds_products(device: torch.device) -> bool:
-    """Whether float32 products are rounded to fewer digits there (bfloat16, TF32), so that a fit is another one."""
-    third = torch.full((64, 64), 1 / 3, device=device)
-    return not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5)
-
-
 def cache_file(kind: str, device: torch.device, key: list) -> Path:
     """Where a fit of that key is kept, apart from one whose products were rounded."""
     text = json.dumps([*key, *["rounded products"] * rounds_products(device)])
     return cache_dir() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
 
-def make_once(file: Path, what: str, make: Callable[[], None]) -> str:
-    """make(), which writes `file`, unless it is there or another process is making it. Returns what happened."""
-    if file.is_file():
-        return "reused"
-    lock = FileLock(file.with_suffix(".lock"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{what:<11} another process is fitting it: waiting for it")
-        lock.acquire()
-    except OSError as error:
-        raise InputError(f"cannot write to {file.parent} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
-    try:
-        start = time.monotonic()
-        if file.is_file():
-            return "reused"
-        make()
-        return f"fitted in {time.monotonic() - start:.0f} s"
-    finally:
-        lock.release()
+@contextmanager
+def kept(file: Path, what: str, device: torch.device, make: Callable[[], None]) -> Iterator[tuple[dict, str]]:
+    """The state in `file`, which make() writes unless it is there or another process makes it, and what happened.
+
+    Raises InputError when the file is no such thing, also when that shows only inside.
+    """
+    verb, lock = "reused", FileLock(file.with_suffix(".lock"))
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            print(f"waiting     for another process, which fits this {what}")
+            held = lock.acquire()
+        except OSError as error:
+            raise InputError(f"cannot write to {file.parent} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
+        with held:
+            if not file.is_file():
+                start = time.monotonic()
+                make()
+                verb = f"fitted in {time.monotonic() - start:.0f} s"
+    with explained(f"{file} is no {what}", "delete it or name another"):
+        yield torch.load(file, map_location=device, weights_only=True), verb
 
 
 def load_or_fit(
@@ -294,16 +289,12 @@ def load_or_fit(
     file = Path(path) if path else cache_file("dynamics", device, key)
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
-    verb = make_once(file, "dynamics", lambda: _fit_to_file(data, seed, sizes, max_epochs, file, compile))
-    try:
-        state = torch.load(file, map_location=device, weights_only=True)
-        dims, found = state["dims"], state["sizes"]
+    fit = lambda: _fit_to_file(data, seed, sizes, max_epochs, file, compile)  # noqa: E731
+    with kept(file, "ensemble", device, fit) as (state, verb):
+        dims, found, epochs = state["dims"], state["sizes"], state["epochs"]
         with torch.random.fork_rng():  # its first weights are drawn in vain: a run draws the same with or without a fit
             dynamics = Dynamics(*dims, **found).to(device)
         dynamics.load_state_dict(state["model"])
-        epochs = state["epochs"]
-    except Exception as error:
-        raise InputError(f"{file} is no ensemble ({type(error).__name__}): delete it or name another") from None
     if dims != [obs_dim, action_dim]:
         raise InputError(f"{file} is for obs, action of {dims} numbers, the data have {[obs_dim, action_dim]}")
     if path and found != sizes:

@@ -1,6 +1,7 @@
 """The policy of a run, loaded, and its return in the real environment, whatever that environment does."""
 
-import pickle
+import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,27 +10,32 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import InputError
+from common import InputError, explained
 from common.dataset import OfflineDataset
 
+SCRIPTS = [path.stem for path in (Path(__file__).resolve().parents[1] / "algos").glob("*.py")]
 
-def load_policy(folder: Path | str, Actor: type[nn.Module]) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy of the finished run in `folder`, of the class that its script trains (mostly `Actor`).
 
-    It maps observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in its box. Raises
-    InputError where there is no finished run, or one whose policy is of another class.
+def load_policy(folder: Path | str, Actor: type[nn.Module] | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of the finished run in `folder`.
+
+    Actor: its class; by default that of its name in the script in algos/ that trained it, and in no other file. Returns
+    a function from observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in its box.
+    Raises InputError where there is no finished run, or one whose policy is of another class.
     """
-    try:
+    with explained(f"{folder} holds no policy of a script in algos/", "finish that run"):
         saved = torch.load(Path(folder, "policy.pt"), map_location="cpu", weights_only=True)
+        if Actor is None:
+            algo = SCRIPTS[SCRIPTS.index(json.loads(saved["config"])["algo"])]
+            Actor = getattr(importlib.import_module(f"algos.{algo}"), saved["class"])
+        if not hasattr(Actor, "act"):
+            raise InputError(f"the run in {folder} trained no policy: name another")
         if saved["class"] != Actor.__name__:
             raise InputError(f"the policy in {folder} is of the class {saved['class']}: give that one of its script")
         actor = Actor(**saved["sizes"])
         actor.load_state_dict(saved["actor"])
-        unscaled = {"obs_shift": torch.tensor(0.0), "obs_scale": torch.tensor(1.0)}  # of older files
-        shift, scale = ((unscaled | saved)[name].double().numpy() for name in unscaled)
         low, high = saved["action_low"], saved["action_high"]
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{folder} holds no policy of this {Actor.__name__} ({error}): finish that run") from None
+        shift, scale = saved["obs_shift"].numpy(), saved["obs_scale"].numpy()
 
     @torch.no_grad()
     def policy(obs: np.ndarray) -> np.ndarray:
@@ -46,15 +52,12 @@ class EnvironmentFails(InputError):
 
 def call(env: gym.Env, method: str, *given, **named) -> tuple:
     """env.reset or env.step."""
-    try:
+    right = "gymnasium's interface is reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
+    with explained(f"{env.spec.id} fails in {method}", right, EnvironmentFails):
         result = getattr(env, method)(*given, **named)
         if type(result) is not tuple or len(result) != (2 if method == "reset" else 5):
             raise ValueError("it returns something else")
         return result
-    except Exception as error:  # of any kind: it is the user's simulator
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        right = "gymnasium's interface is reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
-        raise EnvironmentFails(f"{env.spec.id} fails in {method} ({reason}): {right}") from None
 
 
 def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:
@@ -65,19 +68,17 @@ def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:
     if data.env_spec is None:
         print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
         return []
-    envs = []
+    envs, hint = [], "install its package, or give --env-id"
     try:
         while len(envs) < num_envs:
-            env = gym.make(data.env_spec)
+            with explained(f"cannot make {data.env_spec.id}", hint, EnvironmentFails):
+                env = gym.make(data.env_spec)
             call(env, "reset", seed=0)
             envs.append(env)
-    except Exception as error:  # what a package that is missing or too old raises, too
-        if isinstance(error, EnvironmentFails) and not envs:
-            raise
+    except EnvironmentFails as error:
         if not envs:
-            hint = "install its package, or give --env-id"
-            raise EnvironmentFails(f"cannot make {data.env_spec.id} ({error}): {hint}") from None
-        print(f"evaluation  only {len(envs)} of {data.env_spec.id} at a time ({error})")
+            raise
+        print(f"evaluation  only {len(envs)} of {data.env_spec.id} at a time ({error.__cause__})")
     call(envs[0], "step", data.to_env_action(np.zeros(len(data.action_low), np.float32)))
     return envs
 

@@ -6,8 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from common.dynamics import rounds_products
+
+def progress_bar(name: str, total: int, unit: str, **settings) -> tqdm:
+    """Drawn all the time on a screen, but twice a minute in a log file."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(desc=name, total=total, unit=unit, mininterval=interval, leave=False, **settings)
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether float32 products are rounded to fewer digits there (bfloat16, TF32), so that a fit is another one."""
+    third = torch.full((64, 64), 1 / 3, device=device)
+    return not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5)
 
 
 def keep_freed_memory() -> None:
@@ -44,7 +55,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         try:
             graph = graph or torch.compile(function, fullgraph=True, mode=mode)
             return graph(*inputs)
-        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
+        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran
             print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
             graph = function
             return function(*inputs)

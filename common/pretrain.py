@@ -1,18 +1,16 @@
 """A network that is trained once, before the method. It and its loss belong to the scripts: here are loop and cache."""
 
 import math
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
-from common.dataset import InputError, OfflineDataset
-from common.dynamics import cache_file, make_once, save
+from common import InputError
+from common.dataset import OfflineDataset
+from common.dynamics import cache_file, kept, save
+from common.machine import progress_bar
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
 HOLDOUT_INTERVAL = 500  # updates
@@ -38,42 +36,26 @@ def load_or_train(
     with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
         torch.manual_seed(seed)
         net = make().to(rows.device)
-    verb = make_once(
-        file, "pretrained", lambda: _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile, file)
-    )
-    try:
-        state = torch.load(file, map_location=rows.device, weights_only=True)
+    train = lambda: save(file, _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile))  # noqa: E731
+    with kept(file, name, rows.device, train) as (state, verb):
         net.load_state_dict(state["net"])
-    except Exception as error:
-        raise InputError(f"{file} is no {name} ({type(error).__name__}): delete it") from None
     print(f"pretrained  {name}, {verb}, {num_updates:,} updates, holdout loss {state['holdout']:.3g}, {file}")
     return net.requires_grad_(False)
 
 
-def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile, file: Path) -> None:
-    """Writes the best weights and their holdout loss to `file`. Saves its state about once a minute."""
-    device, partial = rows.device, file.with_suffix(f".{rows.device.type}.partial")
-    generator = torch.Generator(device).manual_seed(seed)
+def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile) -> dict:
+    """The best weights and their holdout loss."""
+    device, generator = rows.device, torch.Generator(rows.device).manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device=device)
     num_holdout = min(len(rows) // 20, 1000)
     holdout, train = rows[order[:num_holdout]], order[num_holdout:]
     holdout_noise = torch.randn(num_holdout, noise_dim, generator=generator, device=device)
     batch_size = min(256, len(train))
-
     params = list(net.parameters())
     opt = torch.optim.Adam(params, lr, fused=True)
     grads = compile(lambda *minibatch: torch.autograd.grad(loss(net, *minibatch), params))
-    best, lowest, first = {}, math.inf, 0
-    if partial.exists():
-        state = torch.load(partial, map_location=device, weights_only=True)
-        net.load_state_dict(state["net"])
-        opt.load_state_dict(state["opt"])
-        generator.set_state(state["generator"].cpu())
-        best, lowest, first = state["best"], state["lowest"], state["update"]
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(desc=name, initial=first, total=num_updates, unit="update", mininterval=interval, leave=False)
-    saved = time.monotonic()
-    for i in range(first + 1, num_updates + 1):
+    best, lowest, bar = {}, math.inf, progress_bar(name, num_updates, "update")
+    for i in range(1, num_updates + 1):
         at = train.index_select(0, torch.randint(len(train), (batch_size,), generator=generator, device=device))
         noise = torch.randn(batch_size, noise_dim, generator=generator, device=device)
         for p, grad in zip(params, grads(rows.index_select(0, at), noise), strict=True):
@@ -88,10 +70,5 @@ def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: fl
             if value < lowest:
                 lowest, best = value, {key: tensor.clone() for key, tensor in net.state_dict().items()}
             bar.set_postfix_str(f"holdout {value:.3g}")
-            if time.monotonic() - saved > 60:
-                state = {"net": net.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
-                save(partial, state | {"best": best, "lowest": lowest, "update": i})
-                saved = time.monotonic()
     bar.close()
-    save(file, {"net": best, "holdout": lowest})
-    partial.unlink(missing_ok=True)
+    return {"net": best, "holdout": lowest}

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -37,11 +36,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import InputError, WriteError, write_text
+from common import InputError, WriteError, explained, write_text
 from common.dataset import OfflineDataset
 from common.dynamics import save
 from common.evaluation import EnvironmentFails, evaluate, make_envs
-from common.machine import compiled, keep_freed_memory, set_matmul_precision
+from common.machine import compiled, keep_freed_memory, progress_bar, set_matmul_precision
 from common.terminations import rule_warning
 from common.units import unit_warnings
 
@@ -54,7 +53,7 @@ MAY_BE_INF = {"max_alpha"}  # where it means none
 # what may change when a run goes on; other data are noticed by their hash
 FREE = {"dataset", "eval_interval", "eval_episodes", "score_evals", "checkpoint_interval", "num_threads", "device"}
 FREE |= {"compile", "matmul_precision", "trust", "resume", "num_updates"}
-PATHS = ("dataset", "dynamics", "run_dir", "resume")
+PATHS = ("dataset", "dynamics", "policy", "run_dir", "resume")
 
 
 @dataclass
@@ -138,14 +137,12 @@ def _settings_of(folder: Path, Args: type[RunArgs]) -> dict:
     config = folder / "config.json"
     if not config.is_file():
         raise InputError(f"no run to resume in {folder}: it has no config.json")
-    try:
+    with explained(f"{config} does not fit this script", "start a new run"):
         saved = json.loads(config.read_text())
         if saved["algo"] != algo(Args):
             raise InputError(f"{folder} is a run of {saved['algo']}.py: resume it with that script")
         settings = {name: tuple(value) if type(value) is list else value for name, value in saved["args"].items()}
         return asdict(Args(**settings)) | {"resume": str(folder)}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{config} does not fit this script ({error}): start a new run") from None
 
 
 def algo(Args: type[RunArgs]) -> str:
@@ -173,6 +170,8 @@ def make_folder(args: RunArgs) -> tuple[Path, FileLock]:
     if not args.resume and (folder / "config.json").exists():
         lock.release()
         raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")
+    for part in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        part.unlink()
     print(f"run         {folder}")
     return folder, lock
 
@@ -194,9 +193,9 @@ class Run:
         keep_freed_memory()
         self.compiled = lambda function: compiled(function, self.device) if args.compile else function
 
-    def open(self, data: OfflineDataset) -> None:
+    def open(self, data: OfflineDataset, evaluates: bool = True) -> None:
         """Before anything expensive: can the data be what they claim, can the policy be evaluated?"""
-        self.data, self.envs = data, make_envs(data, self.args.eval_episodes)
+        self.data, self.envs = data, make_envs(data, self.args.eval_episodes) if evaluates else []
         print(data.summary())
         units = [] if getattr(self.args, "standardise_obs", True) else unit_warnings(data)  # some scripts always do it
         for warning in filter(None, [rule_warning(data), *units]):
@@ -222,8 +221,7 @@ class Run:
         try:
             for i in range(first + 1, last + 1):
                 if i == first + 3:  # the first two compile and would spoil the time that the bar foresees
-                    look = {"unit": "update", "mininterval": 0.1 if sys.stderr.isatty() else 30, "smoothing": 0}
-                    bar = tqdm(desc=self.algo, initial=i - 1, total=last, leave=False, **look)
+                    bar = progress_bar(self.algo, last, "update", initial=i - 1, smoothing=0)
                 self.progress["update"] = i
                 yield i
                 if bar is not None:
@@ -281,7 +279,7 @@ class Run:
         self._write(lambda: [*(self.writer.add_scalar(*pair, i) for pair in row.items()), self.writer.flush()])
         self._write(write_text, self.folder / "progress.csv", text.getvalue())
         score = "return {return_mean:8.1f} ± {return_std:<6.1f}  normalised {normalised_score:6.1f}  "
-        tqdm.write(f"update {i:>9,}  " + (score + line).format(**row))
+        tqdm.write(f"update {i:>9,}  " + (score * bool(self.envs) + line).format(**row))
         self.mark = i, time.monotonic()
 
     def _returns(self, policy) -> np.ndarray:
@@ -396,15 +394,12 @@ class Run:
         self.saved = self.progress["update"]
 
     def _restore(self) -> None:
-        folder = self.folder
-        try:
-            state = torch.load(folder / "checkpoint.pt", map_location=self.device, weights_only=True)
+        with explained(f"the checkpoint in {self.folder} cannot be resumed", "start a new run"):
+            state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
             if (state["algo"], state["data_hash"]) != (self.algo, self.data.data_hash):
-                raise InputError(f"the checkpoint in {folder} is another script's or on other data: start a new run")
+                raise InputError(f"the checkpoint in {self.folder} is another script's or on other data: start anew")
             for name, module in self.modules.items():
                 module.load_state_dict(state["modules"][name])
-        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            raise InputError(f"the checkpoint in {folder} cannot be resumed ({error}): start a new run") from None
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())

@@ -6,15 +6,17 @@ Walker2d ended beyond +-100, which is a guard against diverging models and no ru
 """
 
 import importlib
+import inspect
 import math
 import os
+import re
 from collections.abc import Callable
 
 import torch
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from torch import Tensor, nn
 
-from common import InputError, add_working_directory, hides
+from common import InputError, add_working_directory, explained
 from common.dataset import OfflineDataset, gym_class
 
 TerminationFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,15 +49,8 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "InvertedDoublePendulum": lambda o: ~(tip_height(o) > 1.0),
     **dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "HumanoidStandup"), never),
 }
-# The environments' default arguments with which alone the rules hold.
-USUAL = {"terminate_when_unhealthy": True, "exclude_current_positions_from_observation": True}
-HOPPER = {"healthy_state_range": (-100, 100), "healthy_z_range": (0.7, math.inf), "healthy_angle_range": (-0.2, 0.2)}
-DEFAULTS: dict[str, dict] = {
-    "Hopper": {**USUAL, **HOPPER},
-    "Walker2d": {**USUAL, "healthy_z_range": (0.8, 2.0), "healthy_angle_range": (-1.0, 1.0)},
-    "Ant": {**USUAL, "healthy_z_range": (0.2, 1.0)},
-    "Humanoid": {**USUAL, "healthy_z_range": (1.0, 2.0)},
-}
+# Of the environments' arguments those on which the rules depend: these hold with the defaults alone.
+DECIDES = re.compile("healthy_[a-z]+_range|terminate_when_unhealthy|exclude_current_positions_from_observation")
 
 
 def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None, str]:
@@ -64,14 +59,17 @@ def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None,
         return None, "the data name no environment"
     if (name := gym_class(spec)) not in RULES:
         return None, f"{spec.id} is not in the table"
-    defaults, rule = DEFAULTS.get(name, {}), RULES[name]
+    if (rule := RULES[name]) is never:
+        return rule, f"{spec.id} is in the table"
+    made_by = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
+    defaults = {key: parameter.default for key, parameter in inspect.signature(made_by).parameters.items()}
     for key, value in spec.kwargs.items():
         value = tuple(value) if isinstance(value, list) else value  # a spec read from a file has lists for tuples
         own_model = key == "xml_file" and (os.path.dirname(value) or value[0] == ".")  # a bare name is gymnasium's file
-        if rule is not never and (own_model or (key in defaults and value != defaults[key])):
+        if own_model or (DECIDES.fullmatch(key) and value != defaults.get(key)):
             return None, f"{spec.id} was made with {key}={value}"
     for wrapper in spec.additional_wrappers:
-        if rule is not never and "Observation" in wrapper.name:
+        if "Observation" in wrapper.name:
             return None, f"{spec.id} is wrapped in {wrapper.name}"
     return rule, f"{spec.id} is in the table"
 
@@ -173,18 +171,14 @@ def imported_rule(target: str, data: OfflineDataset) -> TerminationFn:
     if not (module_name and function_name):
         raise InputError(f"termination: {target!r} is none of auto, known, forced, learned, none and module:function")
     add_working_directory()
-    try:
+    with explained(f"termination: cannot import {module_name} from here", "correct --termination module:function"):
         function = getattr(importlib.import_module(module_name), function_name, None)
-    except Exception as error:
-        raise InputError(f"termination: cannot import {module_name} from here: {error!r}{hides(error)}") from error
     if not callable(function):
         raise InputError(f"termination: module {module_name} has no function {function_name}")
     rule = torch.no_grad()(lambda obs, action, next_obs: function(data.raw_obs(obs), action, data.raw_obs(next_obs)))
     rows = torch.arange(data.obs.shape[1] + 1) % len(data.obs)  # not obs_dim: that would hide a reduction over rows
-    try:
+    with explained(f"termination: {target} fails on rows of the data", "mend it, or choose another rule"):
         result = rule(data.obs[rows], data.action[rows], data.next_obs[rows])
-    except Exception as error:
-        raise InputError(f"termination: {target} fails on rows of the data: {error!r}") from error
     shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", type(result))
     if shape != rows.shape or dtype != torch.bool:
         raise InputError(f"termination: {target} must return torch.bool of shape {rows.shape}, not {dtype} of {shape}")

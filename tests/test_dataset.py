@@ -791,13 +791,13 @@ def test_settings_and_gymnasiums_own_wrappers_of_a_registered_environment_are_ta
 @pytest.mark.parametrize("value", [[12], "many", "", -1, True, 1.5, None])
 def test_counts_that_are_none_give_a_sentence(key, value):
     change_metadata(write_small_minari(), **{key: value})
-    with pytest.raises(InputError, match=f"{key}, not a count"):
+    with pytest.raises(InputError, match="Cannot read|promises .* steps and holds"):
         load_dataset("toy/small-v0")
 
 
 def test_arrays_of_other_widths_than_promised_are_not_repeated_to_fit():
     change_metadata(write_small_minari(), action_space=serialize_space(Box(-1, 1, (3,))))
-    with pytest.raises(InputError, match=r"actions \(4, 1\) where \(4, 3\) are promised"):
+    with pytest.raises(InputError, match="actions of 1 numbers but its own space has 3"):
         load_dataset("toy/small-v0")
 
 

@@ -132,10 +132,7 @@ def test_runs_that_are_not_finished_or_know_no_environment_are_refused_in_one_se
     )
     begun = Path(shutil.copytree(runs / "bc", tmp_path / "begun"))
     (begun / "policy.pt").unlink()
-    assert "T/begun is no finished run" in error(begun)
-    other = Path(shutil.copytree(runs / "bc", tmp_path / "other"))
-    (other / "config.json").write_text((other / "config.json").read_text().replace('"bc"', '"mine"'))
-    assert "T/other is no finished run" in error(other)
+    assert "T/begun holds no policy" in error(begun)
     blind = Path(shutil.copytree(runs / "bc", tmp_path / "blind"))
     np.savez(
         tmp_path / "a.npz", observations=np.zeros((9, 3), np.float32), actions=np.zeros((9, 1), np.float32),
@@ -160,9 +157,6 @@ def test_what_a_run_folder_names_is_imported_with_trust_alone(main, runs, tmp_pa
     with pytest.raises(InputError, match="Cannot make environment 'theirs:Theirs-v0'"):
         main(film.Args(runs=(folder,), trust=True))
     assert sys.modules.pop("theirs")
-    (folder / "config.json").write_text(json.dumps(config | {"algo": "theirs"}))
-    with pytest.raises(InputError, match="there is no algos/theirs.py"):
-        main(film.Args(runs=(folder,), trust=True))
 
 
 @pytest.mark.parametrize("main, name", [(displace.main, "displaced.csv"), (film.main, "video.gif")])
@@ -177,9 +171,7 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_no_half_file(main, na
     assert not list(folder.glob("*.tmp")) and (folder / name).is_dir()
 
 
-@pytest.mark.parametrize(
-    "damage", [{"args": []}, {"args": {"dataset": "pendulum/random-v0", "env_id": ""}}, {"algo": None}]
-)
+@pytest.mark.parametrize("damage", [{"args": []}, {"args": {"dataset": "pendulum/random-v0", "env_id": ""}}])
 def test_a_damaged_run_is_refused_in_one_sentence(damage, runs, tmp_path):
     folder = Path(shutil.copytree(runs / "bc", tmp_path / "run"))
     config = json.loads((folder / "config.json").read_text())

@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from benchmarks import mistakes
-from benchmarks.mistakes import RESULTS, ROOT, Args
+from benchmarks.mistakes import EXERCISES, RESULTS, ROOT, Args
 from common import InputError
 
 TABLE = ROOT / "benchmarks" / "mistakes.toml"
@@ -71,6 +71,56 @@ def test_a_test_that_fails_without_the_mistake_is_refused(tmp_path):
     table = write_table(tmp_path / "table.toml", test=TERMINATION.replace("150.0-True", "1e9"))  # no such parameters
     with pytest.raises(InputError, match="must pass before"):
         mistakes.try_all(mistakes.read_table(table), 1)
+
+
+# --- Exercises ---
+def test_the_page_describes_every_exercise_and_gives_none_away():
+    names, rows = (tomllib.loads(TABLE.read_text())[key] for key in ("exercises", "mistake"))
+    rows = [next(row for row in rows if row["name"] == name) for name in names]
+    sections = re.split(r"(?m)^## ", EXERCISES.read_text())[1:]
+    assert len(set(names)) == len(sections) == 12
+    for number, (row, section) in enumerate(zip(rows, sections), 1):
+        assert section.startswith(f"{number}. ") and f"\nRead `{row['file']}`.\n" in section
+        assert f"mistakes.py --exercise {number}\n" in section and f"mistakes.py --check {number}\n" in section
+        for secret in filter(None, (row[key].strip() for key in ("name", "mistake", "old", "new", "test"))):
+            assert secret not in section
+        # cached by the content of the data alone: running a copy would spoil the right one's runs
+        assert row["file"] not in ("common/dataset.py", "common/dynamics.py", "common/pretrain.py")
+
+
+def test_an_exercise_is_made_once_and_is_unsolved_until_it_is_mended(tmp_path, capsys):
+    file, out = "common/terminations.py", tmp_path / "out"
+    assert mistakes.main(Args(exercise=4, out=out)) == 0
+    printed, copy = capsys.readouterr().out, out / "exercise-4"
+    assert "4. Falling on one side only" in printed and "with a velocity of 150" in printed
+    assert str(copy / file) in printed and "abs" not in printed  # of the hint
+    assert not list(copy.rglob("mistakes.*"))  # the answers
+    right, wrong = (ROOT / file).read_text(), (copy / file).read_text()
+    assert right != wrong
+    assert mistakes.main(Args(check=4, out=out)) == 1 and capsys.readouterr().out == "not mended yet\n"
+    (copy / file).write_text(right.replace(BOUND, "((-100 < o[:, 1:]) & (o[:, 1:] < 100)).all(1)"))
+    assert mistakes.main(Args(check=4, out=out)) == 0 and capsys.readouterr().out == "mended\n"
+    with pytest.raises(InputError, match="exercise-4 is there already"):
+        mistakes.main(Args(exercise=4, out=out))
+
+
+@pytest.mark.parametrize("args, words", [
+    ({"exercise": 13}, "there is no exercise 13: they are 1 to 12"),
+    ({"check": -1}, "there is no exercise -1"),
+    ({"check": 2}, r"no .*exercise-2.algos.mopo.py: make it with --exercise 2"),
+])  # fmt: skip
+def test_an_exercise_that_is_not_there_is_refused(args, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        mistakes.main(Args(**args, out=tmp_path))
+
+
+@pytest.mark.slow
+def test_a_copy_that_does_not_run_is_called_that(tmp_path, capsys):
+    mistakes.main(Args(exercise=4, out=tmp_path))
+    (tmp_path / "exercise-4" / "common" / "terminations.py").write_text("def (")
+    capsys.readouterr()
+    assert mistakes.main(Args(check=4, out=tmp_path)) == 1
+    assert re.search("terminations.py does not run: ", capsys.readouterr().out)
 
 
 # --- What a mistake costs ---

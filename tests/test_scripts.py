@@ -46,11 +46,13 @@ SAME_IN = {
 # a line of `main` that four scripts have stands in all scripts, or in just those of one family
 FAMILIES = {
     "a buffer of simulated rows": "combo mobile mopo morel sdm_gan",
-    "none": "bc cql iql morel_npg onestep osr osr_v sac_bc sdc td3_bc",
+    "none": "bc cql fqe iql morel_npg onestep osr osr_v sac_bc sdc td3_bc",
     "the actor is the policy": "bc combo cql iql mobile mopo morel morel_npg osr osr_v sac_bc sdc td3_bc",
     "rows as they are": "combo cql iql mobile mopo morel osr osr_v sac_bc sdc sdm_gan",
-    "observations as they are": "combo cql iql mobile mopo morel morel_npg onestep osr osr_v sac_bc sdc sdm_gan",
-    "updates by rows": "bc combo cql iql mobile mopo morel onestep osr osr_v sac_bc sdc sdm_gan td3_bc",
+    "sizes of networks": "bc fqe onestep td3_bc",
+    "a policy of its own": "bc combo cql iql mobile mopo morel morel_npg onestep osr osr_v sac_bc sdc sdm_gan td3_bc",
+    "observations as they are": "combo cql fqe iql mobile mopo morel morel_npg onestep osr osr_v sac_bc sdc sdm_gan",
+    "updates by rows": "bc combo cql fqe iql mobile mopo morel onestep osr osr_v sac_bc sdc sdm_gan td3_bc",
     "a schedule": "combo cql iql mobile mopo morel osr osr_v sac_bc sdc",
     "noise of actions alone": "combo cql mopo morel onestep sac_bc td3_bc",
     "an update of agent, rows and noise": "combo cql mopo morel",
@@ -123,7 +125,7 @@ def is_subsequence(names: list[str], of: list[str]) -> bool:
 
 def test_scripts_are_found():
     assert {"mopo", "morel", "morel_npg", "combo", "cql", "bc", "td3_bc", "iql", "sac_bc", "onestep"} <= set(SCRIPTS)
-    assert {"osr", "osr_v", "sdc", "sdm_gan", "mobile"} <= set(SCRIPTS)
+    assert {"osr", "osr_v", "sdc", "sdm_gan", "mobile", "fqe"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("one, other", PAIRS)
@@ -230,7 +232,7 @@ def test_a_script_is_short_enough_to_be_read_in_a_sitting(script):
 
 def test_common_stays_small():
     lines = {path.stem: len(path.read_text().splitlines()) for path in (ROOT / "common").glob("*.py")}
-    assert lines["run"] <= 430 and sum(lines.values()) <= 2_150
+    assert lines["run"] <= 430 and sum(lines.values()) <= 2_060
 
 
 def test_the_table_of_lines_is_up_to_date():

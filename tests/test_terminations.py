@@ -451,7 +451,7 @@ def test_users_function_is_imported_from_the_working_directory(folder, capsys):
         ("made_up_rules:floats", "must return torch.bool of shape .*not torch.float32"),
         ("made_up_rules:per_column", "must return torch.bool of shape"),
         ("made_up_rules:listed", "must return torch.bool of shape .*not .*list"),
-        ("made_up_rules:fails", "fails on rows of the data: IndexError"),
+        ("made_up_rules:fails", r"fails on rows of the data \(IndexError"),
         ("sometimes", "'sometimes' is none of auto, known, forced, learned, none"),
         ("made_up_rules:", "is none of auto"),
     ],

@@ -3,7 +3,7 @@
 kill      each script is killed at random moments and resumed, also where it has no checkpoint yet, until it is done:
           its checkpoint, policy and csv are bit for bit those of a run that nothing disturbed
 disk      a run that loses its disk (full, a limit on the size of files, a folder that is read-only or gone) ends with
-          one sentence and exit status 1; nothing unfinished is left, and resumed it ends as if nothing had been
+          one sentence and exit status 1; resumed it ends as if nothing had been, and nothing unfinished is left
 mutants   damaged npz, hdf5 and Minari files load, with finite numbers, or get one sentence      hostile.py
 planted   code that data or a run's folder name does not run, and does where --trust is given    hostile.py
 Run: python benchmarks/studies/endurance.py            everything, an hour on one core
@@ -100,7 +100,8 @@ def difference(script: str, home: Path, right: dict[str, object]) -> str:
     if status := start(script, home).wait():
         return f"exit status {status} at last: {last_line(home)}"
     ours = contents(home / "run")
-    return ", ".join(f"another {name}" for name in right if ours[name] != right[name])
+    wrong = [f"another {name}" for name in right if ours[name] != right[name]]
+    return ", ".join(wrong + [f"{path.name} is left" for path in home.rglob("*.tmp")])
 
 
 def kill(script: str, home: Path, seconds: float, num_kills: int, rng: random.Random) -> int:
@@ -143,7 +144,8 @@ def lose_disk(kind: str, script: str, home: Path, right: dict[str, object], rng:
             return ", ".join(f"another {name}" for name in right if ours[name] != right[name])
         wrong = [] if status == 1 else [f"exit status {status}: {last_line(home)}"]
         wrong += ["no sentence"] if "Traceback" in said or not last_line(home).startswith("error: ") else []
-        wrong += [f"{path.name} is left" for path in home.rglob("*.tmp")]
+        if kind != "read-only":  # where nobody can remove anything; the resumed run does
+            wrong += [f"{path.name} is left" for path in home.rglob("*.tmp")]
         return "; ".join(filter(None, [*wrong, difference(script, home, right)]))
     finally:
         subprocess.run(["umount", str(home)], capture_output=True)
