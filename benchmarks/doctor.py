@@ -364,12 +364,10 @@ def one_steps(log: Log, env: gym.Env) -> list[Finding]:
     data, rng = log.data, np.random.default_rng(0)
     env.action_space.seed(0)
     name, known = data.env_spec.id, setter(env, env.reset(seed=0)[0])
+    todo = "compare some steps by hand"
+    unset = Finding(UNKNOWN, "physics", f"the state of {name} cannot be set from an observation: {todo}")
     if known is None:
-        return [
-            Finding(
-                UNKNOWN, "physics", f"the state of {name} cannot be set from an observation: compare some steps by hand"
-            )
-        ]
+        return [unset]
     put, num = known
     obs, after = (data.raw_obs(x[log.sample]).double().numpy() for x in (data.obs, data.next_obs))
     usual = np.sqrt(((after - obs) ** 2).mean(axis=0))[:num]
@@ -387,11 +385,7 @@ def one_steps(log: Log, env: gym.Env) -> list[Finding]:
         if (np.abs(before) != CLIPPED).all():
             own.append(far(env.step(action)[0], now) > PHYSICS)
     if not own or np.mean(own) > 0.5:  # fewer: float32 has rounded it across a wall
-        return [
-            Finding(
-                UNKNOWN, "physics", f"the state of {name} cannot be set from an observation: compare some steps by hand"
-            )
-        ]
+        return [unset]
     at = np.flatnonzero((np.abs(obs) != CLIPPED).all(axis=1))
     at = rng.choice(at, min(len(at), STEPS), replace=False)
     action, off, paid = data.to_env_action(log.action[log.sample[at]]), [], []

@@ -55,7 +55,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
         try:
             graph = graph or torch.compile(function, fullgraph=True, mode=mode)
             return graph(*inputs)
-        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran
+        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
             print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
             graph = function
             return function(*inputs)
