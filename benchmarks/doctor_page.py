@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 INK, FIRST, SECOND = "#0a0a01", "#0a0a02", "#0a0a03"  # stand for the page's colours, which know light and dark
 COLOURS = {INK: "currentColor", FIRST: "var(--b)", SECOND: "var(--a)"}
 STYLE = {
-    "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }  # fmt: skip
 
 
 def figure(title: str, draw: Callable) -> str:
-    """draw(axes) as <figure>, in the page's colours."""
-    with plt.rc_context(STYLE | {"svg.hashsalt": title}):  # ids of two figures must differ
+    """draw(axes) as <figure>, in the page's colours. Letters are outlines: no browser's font makes a label too wide."""
+    with plt.rc_context(STYLE | {"svg.hashsalt": title}):
         fig, ax = plt.subplots(figsize=(3.7, 2.5), layout="constrained")
         draw(fig, ax)
         fig.savefig(text := io.StringIO(), format="svg", transparent=True, dpi=200, metadata={"Date": None})
@@ -40,6 +40,8 @@ def figure(title: str, draw: Callable) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     for stand_in, colour in COLOURS.items():
         svg = svg.replace(stand_in, colour)
+    name = re.sub("[^a-z]", "", title.lower())
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", svg)  # two figures would share ids
     # the page decides how large it is
     svg = re.sub(
         r'<svg| (width|height)="[\d.]+pt"', lambda m: "" if m[1] else f"<svg role=img aria-label='{title}'", svg
