@@ -1,12 +1,12 @@
-"""Run folders -> one small csv per run -> tables with intervals, learning curves, the README's scores.
+"""Run folders -> one small csv per run -> a table and figures of every method on every set.
 
-The score of a run is the mean of its last evaluations (--score-evals of the run), never its best. What is said over
-several datasets follows Agarwal et al. 2021 (arXiv:2108.13264); their package rliable would bring 300 MB of others.
+The score of a run is the mean of its last evaluations (--score-evals of the run), never its best. Cells are compared
+where the set, the number of updates and the evaluations that count are the same; anything else is another column.
 All that is read are the files of run folders: no environment is made, no data are opened and nothing that a folder
 names is imported. A folder or csv that is damaged is left out, with a line that says why; the exit status is then 1.
-Run: python benchmarks/report.py runs/demo --out my-report/runs --out-dir my-report    a report of its own
-     python benchmarks/report.py runs/demo    added to the results that are kept here, and to the README's table
-     python benchmarks/report.py --compare mopo "mopo penalty-coef=0"    two methods of the report, printed
+Run: python benchmarks/report.py runs/demo --out-dir my-report    a report of its own; its csv files in my-report/runs
+     python benchmarks/report.py runs/bench    added to the bench's results, which are kept here, and to the README
+     python benchmarks/report.py --compare mopo "mopo penalty-coef=0"    two methods of a report, printed
 """
 
 import csv
@@ -43,52 +43,42 @@ NO_SETTINGS = {  # what seeds of one cell may differ in
     "seed", "dataset", "run_dir", "run_name", "resume", "num_threads", "device", "dynamics", "compile",
     "checkpoint_interval", "trust",
 }  # fmt: skip
-MOST_PAIRED = 6  # methods: with more of them, pairs stand in a matrix and without intervals
-COMPARED = [  # methods that a grid was made to compare, and on which datasets
-    (
-        ("mopo", "mopo penalty-coef=0"),  # benchmarks/grids/mopo-penalty.toml
-        ("halfcheetah/medium-replay-v0", "hopper/medium-replay-v0", "hopper/medium-v0", "walker2d/medium-replay-v0"),
-    ),
-]
+NEAR = 5.0  # points of the normalised score
+FEWEST_SEEDS = 5  # below, no probability is given that one method beats another
 FORCED = [0, 5, 10, 15]  # actions, the rows of displaced.csv
 DISPLACED = ("forced_actions", "step", "return_mean", "episodes", "distance")
 COLUMNS = ("update", "seconds", "updates_per_second", "return_mean", "normalised_score")  # of progress.csv
 TEXTS = ("command", "hardware", "commit", "algo", "data_hash", "dataset", "variant")
 WHOLE = {"seed": 0, "num_updates": 1, "score_evals": 1}  # numbers, and the least that they can be
 DATA_FILES = (".hdf5", ".h5", ".npz")
-LEGEND = """\
-- **score**: mean of a run's last evaluations (**last** says of how many), normalised as in D4RL (0 = random policy,
-  100 = expert); **return**: the same, not normalised. Mean ± standard deviation over seeds.
-- **best**: mean over seeds of each run's best evaluation, normalised and as return. Nobody without the real environment
-  can choose it; it stands here to show what choosing it would have claimed.
-- **data**: mean of the data's own episodes, normalised and as return.
-- **minutes**: from start to end, the fit of the ensemble included where none was cached. **updates/s**: median over a
-  run's evaluations, mean over seeds. **GB**: largest peak memory of a run. **-**: not measured."""
-OVERALL = f"""\
-Method by method, on the same datasets. IQM: interquartile mean, the mean of the middle half of all runs' scores,
-every dataset with the same weight. In brackets: 95 % intervals, from {NUM_DRAWS:,} bootstrap draws of the seeds within
-each dataset; they are too narrow where there are fewer than about five seeds, and absent where a dataset has one.
-P(A > B): how probable it is that a run of A scores higher than one of B on the same dataset, mean over datasets."""
-
+LEGEND = f"""\
+A cell is the mean of the seeds' scores ± their standard deviation; a score is the mean of a run's last evaluations,
+normalised as in D4RL (0 = random policy, 100 = expert), or the return where a set has no such numbers. **rank**: 1 is
+best; the mean over the sets that every method was run on, with a 95 % interval from {NUM_DRAWS:,} bootstrap draws of
+the seeds within each cell, where all cells have two or more. With fewer than about five it is too narrow."""
+OF_A_SET = f"""\
+**best**: mean over seeds of each run's best evaluation; nobody without the real environment can choose it. **near**:
+seconds until the seeds' mean was first within {NEAR:g} points of its score. **minutes**: from start to end; both have
+the ensemble's fit where none was cached. **updates/s**: median over a run's evaluations. **GB**: most memory."""
 DISPLACEMENT = """\
 `python benchmarks/displace.py`: the final policy's return when 0, 5, 10 and 15 random actions are forced on it half-way
 through its median episode, at the step that is named; how many of ten episodes are left after none and after 15; and
 how far from the data the 50 steps that follow are in those that are left, in standard deviations.
-"""
-CURVES = """\
-Seconds are the median over seeds, from the start, the fit of the ensemble included where none was cached.
 """
 
 
 @dataclass
 class Args(HomePaths):
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders of run folders
-    out: Path = RESULTS / "runs"  # where the csv files of runs are
-    out_dir: Path = RESULTS  # where report and figures are written
-    readme: Path | None = None  # whose table of scores to replace; README.md where the two above are left alone
+    out_dir: Path = RESULTS / "bench"  # where report and figures are written, and in runs/ the csv files of runs
+    readme: Path | None = None  # whose table of scores to replace; README.md for the bench
     partial: bool = False  # take runs that are not finished, too: what they reached is averaged with the others
     compare: tuple[str, str] | None = None  # two methods by their names in the report: print what lies between them
     datasets: tuple[str, ...] = ()  # to compare them on; by default all that both were run on
+
+    @property
+    def csv_dir(self) -> Path:
+        return self.out_dir / "runs"
 
 
 @dataclass
@@ -254,19 +244,6 @@ def leave_out(what: str) -> None:
     print(one_line(f"left out: {what}"), file=sys.stderr)
 
 
-def tell_mean(run: Run, known: dict) -> None:
-    """Older run folders do not tell their data's mean and reference scores: those of csv files with the same data."""
-    about = run.about
-    about["behaviour"], about["ref_scores"] = known.get(same_data(run), (None, None))
-    if about["behaviour"] is None:
-        unknown = f"note: the data's mean return is unknown to {run.path}, which was made before runs told it"
-        print(one_line(unknown), file=sys.stderr)
-
-
-def same_data(run: Run) -> tuple[str, str]:
-    return run.about["data_hash"], run.about.get("settings", {}).get("env_id", "")
-
-
 def without_folder(text: str) -> str:
     """Of a file, or of a path that only one machine has, the name."""
     return Path(text).name if text.startswith(("/", "~", "./", "../")) or Path(text).suffix in DATA_FILES else text
@@ -344,14 +321,8 @@ def import_runs(args: Args, damaged: set[Path]) -> None:
     folders = {path: sorted(config.parent for config in path.rglob("config.json")) for path in args.runs}
     if empty := [str(path) for path, found in folders.items() if not found]:
         raise InputError(f"no run folder in {', '.join(empty)}: one holds config.json and progress.csv")
-    new, kept = {}, whole(sorted(args.out.glob("*.csv")), read_csv, damaged)
+    new, kept = {}, whole(sorted(args.csv_dir.glob("*.csv")), read_csv, damaged)
     runs = whole(dict.fromkeys(itertools.chain(*folders.values())), read_folder, damaged)
-    if older := [run for run in runs.values() if "env" not in run.about]:
-        committed = kept if args.out == Args.out else whole(sorted(Args.out.glob("*.csv")), read_csv, damaged)
-        told = [run for run in (committed | kept).values() if run.about["behaviour"] is not None]
-        known = {same_data(run): (run.about["behaviour"], run.about["ref_scores"]) for run in told}
-        for run in older:
-            tell_mean(run, known)
     for folder, run in runs.items():
         done, total = run.columns["update"][-1] if run.columns else 0, run.about["num_updates"]
         if not done or (done < total and not args.partial):
@@ -359,14 +330,14 @@ def import_runs(args: Args, damaged: set[Path]) -> None:
         elif why := why_unscored(run):
             leave_out(f"{folder} {why}")
         else:
-            path = csv_path(args.out, run.about)
+            path = csv_path(args.csv_dir, run.about)
             if path in new:
                 raise InputError(f"{new[path].path} and {folder} are the same seed of the same cell: give one of them")
             if path in kept:
                 differing = differences(run, kept[path]) or ["evaluations"] * (not continues(run, kept[path]))
                 if differing:
                     differs = f"{folder} differs from {path} in {', '.join(differing)}"
-                    raise InputError(f"{differs}: import it into another --out, or delete that first")
+                    raise InputError(f"{differs}: import it into another --out-dir, or delete that first")
             new[path] = run
     seeds_by_cell((kept | new).values())
     for path, run in new.items():
@@ -389,16 +360,14 @@ class Cell:
         return f"{self.algo} {self.variant}".strip()
 
     @property
-    def scored(self) -> bool:
-        return np.isfinite(self.facts["score"]).all()
+    def key(self) -> str:
+        """By which of its facts it is compared."""
+        return "score" if np.isfinite(self.facts["score"]).all() else "return"
 
     @property
-    def score_evals(self) -> int:
-        return self.runs[0].about["score_evals"]
-
-    @property
-    def protocol(self) -> str:
-        return f"{self.dataset} ({self.updates} updates, last {self.score_evals})"
+    def protocol(self) -> tuple[str, str, int]:
+        """What cells that are compared have in common."""
+        return self.dataset, self.updates, self.runs[0].about["score_evals"]
 
     @property
     def updates(self) -> str:
@@ -431,7 +400,7 @@ def seeds_by_cell(runs: Iterable[Run]) -> dict[tuple, list[Run]]:
         for one, other in itertools.combinations(seeds, 2):
             if differing := differences(one, other):
                 differ = f"{one.path} and {other.path} differ in {', '.join(differing)}"
-                raise InputError(f"{differ}: no mean over them makes sense, move one into another --out")
+                raise InputError(f"{differ}: no mean over them makes sense, move one into another --out-dir")
     return cells
 
 
@@ -449,16 +418,6 @@ def bootstrap(scores: list[np.ndarray]) -> list[np.ndarray]:
     """Seeds drawn with replacement within each dataset, the same draws whenever the numbers of seeds are the same."""
     rng = np.random.default_rng(0)
     return [s[rng.integers(len(s), size=(NUM_DRAWS, len(s)))] for s in scores]
-
-
-def interquartile_mean(scores: list[np.ndarray]) -> np.ndarray:
-    """Of the middle half of all runs together, where every dataset weighs the same, however many seeds it has."""
-    pooled = np.concatenate(scores, axis=-1)
-    order = np.argsort(pooled, axis=-1)
-    weight = np.concatenate([np.full(s.shape[-1], 1 / (s.shape[-1] * len(scores))) for s in scores])[order]
-    upto = weight.cumsum(axis=-1)
-    middle = upto.clip(0.25, 0.75) - (upto - weight).clip(0.25, 0.75)  # what of each run lies there
-    return (middle * np.take_along_axis(pooled, order, axis=-1)).sum(axis=-1) / middle.sum(axis=-1)
 
 
 def improvement(scores: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
@@ -481,32 +440,39 @@ def difference(scores: list[np.ndarray]) -> np.ndarray:
     return np.mean([a.mean(axis=-1) - b.mean(axis=-1) for a, b in zip(*halves(scores), strict=True)], axis=0)
 
 
-def profile(scores: list[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
-    """Share of runs above each threshold, mean over datasets: (..., num_thresholds)"""
-    return sum((s[..., None] > thresholds).mean(axis=-2) for s in scores) / len(scores)
-
-
 def interval(function: Callable, scores: list[np.ndarray]) -> np.ndarray:
     """(2, ...): the 95 % interval of what `function` makes of the scores."""
     return np.percentile(function(bootstrap(scores)), [2.5, 97.5], axis=0)
 
 
-def comparable(cells: list[Cell]) -> list[tuple[tuple[str, ...], dict[str, list[np.ndarray]]]]:
-    """For every set of datasets that a method or two were run on: method -> scores, of all methods that have all of it.
+def mean_rank(means: np.ndarray) -> np.ndarray:
+    """means: (..., num_sets, num_methods), the larger the better. Returns (..., num_methods): 1 is best, ties share."""
+    better, equal = means[..., None, :] > means[..., :, None], means[..., None, :] == means[..., :, None]
+    return (better.sum(axis=-1) + (1 + equal.sum(axis=-1)) / 2).mean(axis=-2)
 
-    A dataset after other numbers of updates, or with the mean of other numbers of evaluations, is another one.
-    """
-    scores = {}
-    for cell in cells:
-        if cell.scored:
-            scores.setdefault(cell.method, {})[cell.protocol] = cell.facts["score"]
-    sets = {tuple(sorted(set(a) & set(b))) for a, b in itertools.combinations_with_replacement(scores.values(), 2)}
-    sets = sorted(sets - {()}, key=lambda names: (-len(names), names))
-    groups = [
-        (names, {m: [have[name] for name in names] for m, have in sorted(scores.items()) if set(names) <= set(have)})
-        for names in sets
-    ]
-    return [group for group in groups if max(map(len, group)) > 1] or groups  # of one score nothing more is to be said
+
+def ranks(columns: dict[tuple, list[Cell]]) -> dict[str, tuple[float, np.ndarray | None]]:
+    """Method -> its mean rank and interval, over the sets that every method was run on; empty with fewer than two."""
+    methods = {cell.method for cells in columns.values() for cell in cells}
+    shared = [sorted(cells, key=lambda cell: cell.method) for cells in columns.values() if len(cells) == len(methods)]
+    if len(shared) < 2 or len(methods) < 2:
+        return {}
+    scores = [cell.facts[cell.key] for cells in shared for cell in cells]
+
+    def rank(draws: list[np.ndarray]) -> np.ndarray:
+        means = np.stack([draw.mean(axis=-1) for draw in draws], axis=-1)
+        return mean_rank(means.reshape(*means.shape[:-1], len(shared), len(methods)))
+
+    bounds = interval(rank, scores).T if min(map(len, scores)) > 1 else [None] * len(methods)
+    return dict(zip(sorted(methods), zip(rank(scores).tolist(), bounds)))
+
+
+def seconds_to_score(cell: Cell) -> float:
+    """nan where the set has no normalised scores."""
+    num = min(len(run.columns["update"]) for run in cell.runs)
+    curve = np.mean([run.columns["normalised_score"][:num] for run in cell.runs], axis=0)
+    near = np.flatnonzero(curve >= cell.facts["score"].mean() - NEAR)
+    return float(np.median([run.columns["seconds"][near[0]] for run in cell.runs])) if len(near) else np.nan
 
 
 # --- Figures ---
@@ -516,50 +482,12 @@ def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    if labels:
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
     with writing(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=110, format="png", metadata={"Software": None, "Source": source})
+        figure.savefig(part, dpi=90, format="png", metadata={"Software": None, "Source": source})
     plt.close(figure)
-
-
-def draw_curves(path: Path, cells: list[Cell], styles: dict[str, dict]) -> None:
-    """Mean over seeds with the range of the seeds, against updates and against the median seed's seconds."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    behaviour = cells[0].runs[0].about["behaviour"]
-    for axis, column, label in zip(axes, ("update", "seconds"), ("updates", "seconds")):
-        for cell in cells:
-            num, style = min(len(run.columns["update"]) for run in cell.runs), styles[cell.method]
-            x = np.median([run.columns[column][:num] for run in cell.runs], axis=0)
-            returns = np.array([run.columns["return_mean"][:num] for run in cell.runs])  # (seeds, evaluations)
-            axis.fill_between(x, returns.min(axis=0), returns.max(axis=0), color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(x, returns.mean(axis=0), **style, label=f"{one_line(cell.method)} ({len(cell.runs)})")
-        if behaviour is not None:
-            axis.axhline(behaviour, color="black", linestyle="--", label="the data's mean")
-        axis.set(xlabel=label, xlim=(0, None))
-        axis.locator_params(axis="x", nbins=5)
-    axes[0].set_ylabel("return in the real environment")
-    figure.suptitle(f"{one_line(cells[0].dataset)}: mean and range of seeds (their number)", fontsize="medium")
-    finish(figure, path, cells)
-
-
-def draw_scores(path: Path, cells: list[Cell]) -> None:
-    """A row per method, the best on top: a dot per seed and a bar at their mean."""
-    key, label = ("score", "normalised score") if cells[0].runs[0].about["ref_scores"] else ("return", "return")
-    cells = sorted(cells, key=lambda cell: cell.facts[key].mean())
-    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.27 * len(cells)), layout="constrained")
-    for y, cell in enumerate(cells):
-        values, color = cell.facts[key], "tab:blue" if has_model(cell.algo) else "tab:orange"
-        name = "a model of the world" if has_model(cell.algo) else "no model"
-        axis.plot(values, np.full(len(values), y), "o", color=color, alpha=0.5, markeredgewidth=0, label=name)
-        axis.plot([values.mean()] * 2, [y - 0.35, y + 0.35], color=color, linewidth=2)
-    if np.isfinite(data := cells[0].facts[f"data_{key}"].mean()):
-        axis.axvline(data, color="black", linestyle="--", label="the data's mean")
-    axis.set_yticks(range(len(cells)), [f"{one_line(cell.method)} ({len(cell.runs)})" for cell in cells])
-    axis.set_xlabel(label)
-    figure.suptitle(f"{one_line(cells[0].dataset)}: seeds (their number) and their mean", fontsize="medium")
-    axis.grid(axis="x", alpha=0.3)
-    finish(figure, path, cells)
 
 
 @cache
@@ -569,20 +497,70 @@ def has_model(algo: str) -> bool:
     return algo in scripts and "\n    dynamics: " in scripts[algo].read_text()
 
 
-def draw_profiles(path: Path, cells: list[Cell], groups: list, styles: dict[str, dict]) -> None:
-    """Of the groups of several datasets, where there are some."""
-    groups = [group for group in groups if min(map(len, group)) > 1] or groups[:1]
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 4), layout="constrained", squeeze=False)
-    everything = np.concatenate([s for _, methods in groups for scores in methods.values() for s in scores])
-    thresholds = np.linspace(min(everything.min(), 0), max(everything.max(), 100) * 1.02, 201)
-    for axis, (names, methods) in zip(axes[0], groups):
-        for method, scores in methods.items():
-            low, high = interval(lambda s: profile(s, thresholds), scores)
-            axis.fill_between(thresholds, low, high, color=styles[method]["color"], alpha=0.2, linewidth=0)
-            axis.plot(thresholds, profile(scores, thresholds), **styles[method], label=one_line(method))
-        axis.set_xlabel("normalised score")
-        axis.set_title("\n".join(map(one_line, names)), fontsize="small")
-    axes[0, 0].set_ylabel("share of runs above it")
+def draw_heat(path: Path, columns: dict[tuple, list[Cell]], rank: dict) -> None:
+    """Methods by sets, the best mean rank on top; in a cell the mean score and the interval of its seeds."""
+    names = in_order(columns, rank)
+    figure, axis = plt.subplots(figsize=(2.5 + 1.25 * len(columns), 1.3 + 0.36 * len(names)), layout="constrained")
+    shade = np.full((len(names), len(columns)), np.nan)
+    for x, cells in enumerate(columns.values()):
+        for cell in cells:
+            y, values = names.index(cell.method), cell.facts[cell.key]
+            if cell.key == "score":
+                shade[y, x] = np.clip(values.mean(), 0, 100)
+            style = dict(ha="center", va="center", color="white" if shade[y, x] > 55 else "black")
+            several = len(values) > 1
+            axis.text(x, y - 0.14 * several, number(values.mean()), fontsize=9, **style)
+            if several:
+                low, high = interval(lambda s: s[0].mean(axis=-1), [values])
+                axis.text(x, y + 0.27, f"{number(low)} to {number(high)}", fontsize=6, **style)
+    axis.imshow(shade, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    labels = [f"{one_line(dataset)}\n{updates} updates".replace("/", "\n", 1) for dataset, updates, _ in columns]
+    axis.set_xticks(range(len(columns)), labels, fontsize=7)
+    axis.xaxis.tick_top()
+    axis.set_yticks(range(len(names)), [one_line(name) for name in names], fontsize=9)
+    for name, label in zip(names, axis.get_yticklabels()):
+        label.set_color("tab:blue" if has_model(name.split()[0]) else "black")
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("normalised scores, 95 % intervals of the mean below; blue: a model of the world", fontsize=7)
+    finish(figure, path, itertools.chain(*columns.values()))
+
+
+def draw_curves(path: Path, cells: list[Cell]) -> None:
+    """A panel per method: mean and range of its seeds, the other methods' means in grey."""
+    name = "normalised_score" if all(cell.key == "score" for cell in cells) else "return_mean"
+    curves = {}
+    for cell in cells:
+        num = min(len(run.columns["update"]) for run in cell.runs)
+        curves[cell.method] = (
+            cell.runs[0].columns["update"][:num],
+            np.array([run.columns[name][:num] for run in cell.runs]),  # (seeds, evaluations)
+        )
+    width = min(4, len(cells))
+    height = -(-len(cells) // width)
+    size = (2.3 * width + 0.5, 1.7 * height + 0.6)
+    figure, axes = plt.subplots(
+        height, width, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    values = np.concatenate([y[np.isfinite(y)] for _, y in curves.values()])
+    low, high = np.percentile(values, [1, 99])
+    behaviour = cells[0].facts[f"data_{'score' if name == 'normalised_score' else 'return'}"].mean()
+    for axis, (method, (x, y)) in zip(axes.flat, curves.items()):
+        for other_x, other in curves.values():
+            axis.plot(other_x, other.mean(axis=0), color="0.85", linewidth=0.8)
+        color = "tab:blue" if has_model(method.split()[0]) else "tab:orange"
+        axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.25, linewidth=0)
+        axis.plot(x, y.mean(axis=0), color=color)
+        if np.isfinite(behaviour):
+            axis.axhline(behaviour, color="black", linestyle="--", linewidth=0.8)
+        axis.set_title(one_line(method), fontsize=8)
+        axis.set(xlim=(0, None), ylim=(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9))
+        axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=4)
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    figure.supylabel(name.replace("_mean", "").replace("_", " "), fontsize=8)
+    figure.supxlabel("updates; dashed: the data's mean", fontsize=8)
     finish(figure, path, cells)
 
 
@@ -615,16 +593,39 @@ def table(header: str | list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [names, ["---"] * len(names), *rows])
 
 
-def score_table(cells: list[Cell]) -> str:
+def in_order(columns: dict[tuple, list[Cell]], rank: dict) -> list[str]:
+    """The methods: the best mean rank first, otherwise by name."""
+    return sorted({c.method for cells in columns.values() for c in cells}, key=lambda m: (rank.get(m, (0,))[0], m))
+
+
+def overview(columns: dict[tuple, list[Cell]], rank: dict, named: Callable[[str], str]) -> str:
+    """Methods by sets. named: how a method's name is written."""
+    cells = {(cell.method, key): cell for key, of_set in columns.items() for cell in of_set}
     rows = []
-    for cell in cells:
-        mean = {name: number(values.mean()) for name, values in cell.facts.items()}
-        row = [escape(cell.dataset), escape(cell.method), len(cell.runs), cell.updates, cell.score_evals]
-        row += [mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
-        row += [f"{mean[f'{what}_score']} ({mean[f'{what}_return']})" for what in ("best", "data")]
-        row += [mean["minutes"], number(cell.facts["updates_per_second"].mean(), 0)]
+    for method in in_order(columns, rank):
+        found = [cells.get((method, key)) for key in columns]
+        row = [named(method), *("" if cell is None else mean_sd(cell.facts[cell.key]) for cell in found)]
+        if rank:
+            mean, bounds = rank[method]
+            row.append(number(mean) + ("" if bounds is None else f" [{', '.join(map(number, bounds))}]"))
+        rows.append(row)
+    heads = []
+    for (dataset, updates, _), of_set in columns.items():
+        fewest, most = (f([len(cell.runs) for cell in of_set]) for f in (min, max))
+        seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
+        heads.append(f"{escape(dataset)}, {updates} updates, {seeds}")
+    return table(["method", *heads, *["rank"] * bool(rank)], rows)
+
+
+def score_table(cells: list[Cell]) -> str:
+    """Of one set."""
+    rows = []
+    for cell in sorted(cells, key=lambda cell: -cell.facts[cell.key].mean()):
+        row = [escape(cell.method), len(cell.runs), mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
+        row += [number(cell.facts[f"best_{cell.key}"].mean()), number(seconds_to_score(cell), 0)]
+        row += [number(cell.facts["minutes"].mean()), number(cell.facts["updates_per_second"].mean(), 0)]
         rows.append([*row, number(cell.facts["peak_memory_gb"].max())])
-    return table("dataset, method, seeds, updates, last, score, return, best, data, minutes, updates/s, GB", rows)
+    return table("method, seeds, score, return, best, near, minutes, updates/s, GB", rows)
 
 
 def displacement_table(cells: list[Cell]) -> str:
@@ -644,37 +645,30 @@ def displacement_table(cells: list[Cell]) -> str:
     return table(f"dataset, method, seeds, step, episodes 0, episodes 15, {', '.join(names)}", rows) if rows else ""
 
 
-def overall_tables(names: tuple[str, ...], methods: dict[str, list[np.ndarray]]) -> str:
-    methods = {escape(method): scores for method, scores in methods.items()}
-    rows = [[m, " + ".join(str(len(s)) for s in scores), scores] for m, scores in methods.items()]
-    rows = [[method, num_runs, with_interval(interquartile_mean, scores, 1)] for method, num_runs, scores in rows]
-    text = f"### {', '.join(map(escape, names))}\n\n{table('method, runs, IQM', rows)}\n"
-    if len(methods) > MOST_PAIRED:
-        matrix = [[a, *(number(float(first_better(methods[a] + methods[b])), 2) for b in methods)] for a in methods]
-        return f"{text}\nP(method of the row > method of the column):\n\n{table(['', *methods], matrix)}\n"
-    pairs = [
-        [a, b, with_interval(first_better, methods[a] + methods[b], 2)] for a, b in itertools.combinations(methods, 2)
-    ]
-    return text + (f"\n{table('A, B, P(A > B)', pairs)}\n" if pairs else "")
-
-
 def paired(cells: list[Cell], methods: tuple[str, str], datasets: Iterable[str] = ()) -> list[tuple[Cell, Cell]]:
     """Of each of the datasets, by default of all, where the two methods were run and scored in the same way."""
-    one, other = ({cell.protocol: cell for cell in cells if cell.method == m and cell.scored} for m in methods)
+    one, other = ({cell.protocol: cell for cell in cells if cell.method == m and cell.key == "score"} for m in methods)
     pairs = [(one[name], other[name]) for name in sorted(one.keys() & other.keys())]
     return [pair for pair in pairs if not datasets or pair[0].dataset in datasets]
 
 
 def comparison(pairs: list[tuple[Cell, Cell]]) -> str:
+    """A probability only where both have enough seeds."""
     rows, scores = [], [[cell.facts["score"] for cell in pair] for pair in pairs]
     for (cell, _), both in zip(pairs, scores):
-        rows.append([escape(cell.protocol), *(f"{mean_sd(s)} ({len(s)})" for s in both), both])
+        dataset, updates, last = cell.protocol
+        name = f"{escape(dataset)} ({updates} updates, last {last})"
+        rows.append([name, *(f"{mean_sd(s)} ({len(s)})" for s in both), both])
     firsts, seconds = map(list, zip(*scores))
     means = [number(float(np.mean([s.mean() for s in column]))) for column in (firsts, seconds)]
     rows.append([f"mean of {len(pairs)}", *means, firsts + seconds])
-    rows = [[*row, with_interval(difference, both, 1), with_interval(first_better, both, 2)] for *row, both in rows]
+    rows = [[*row, with_interval(difference, both, 1), probability(both)] for *row, both in rows]
     methods = [escape(cell.method) for cell in pairs[0]]
     return table(["dataset", *methods, "difference", "P(first > second)"], rows)
+
+
+def probability(scores: list[np.ndarray]) -> str:
+    return with_interval(first_better, scores, 2) if min(map(len, scores)) >= FEWEST_SEEDS else "-"
 
 
 def origin_table(cells: list[Cell]) -> str:
@@ -688,48 +682,19 @@ def origin_table(cells: list[Cell]) -> str:
     return table("dataset, method, score by seed, command of the first, commit, hardware", rows)
 
 
-def published_tables() -> str:
-    """A table per method and source: environments by grades of data."""
-    with open(ROOT / "benchmarks" / "published.csv", newline="") as file:
-        sources, parts = {}, []
-        for row in csv.DictReader(file):
-            title = (
-                f"**{row['method']}, {row['data_version']}**, seeds: {row['seeds']}. {row['protocol']} {row['source']}"
-            )
-            sources.setdefault(title, []).append(row)
-    for title, rows in sources.items():
-        notes = [f"{row['dataset']}: {row['note']}." for row in rows if row["note"]]
-        scores = {tuple(row["dataset"].split("-", 1)): row for row in rows}
-        scores = {key: row["score"] + f" ± {row['spread']}" * bool(row["spread"]) for key, row in scores.items()}
-        envs, grades = (list(dict.fromkeys(part)) for part in zip(*scores))
-        lines = [[env, *(scores.get((env, grade), "") for grade in grades)] for env in envs]
-        parts += [" ".join([title, *notes]), table(", ".join(["", *grades]), lines)]
-    return "\n\n".join(parts)
-
-
-def report(cells: list[Cell], groups: list, figures: dict[str, str]) -> str:
-    profiles = "Share of runs above a score, with 95 % intervals:\n\n![Performance profiles](profile.png)"
-    over_datasets = [*(overall_tables(*group) for group in groups), profiles] if groups else ["No normalised scores."]
-    images = [f"![Return on {escape(dataset)}](curves-{name})\n" for dataset, name in figures.items()]
-    compared = [f"{comparison(pairs)}\n" for question in COMPARED if (pairs := paired(cells, *question))]
-    displaced = [f"## Displaced\n\n{DISPLACEMENT}\n{text}\n"] if (text := displacement_table(cells)) else []
-    dots = [f"![Scores on {escape(dataset)}](scores-{name})\n" for dataset, name in figures.items()]
-    return "\n".join(
-        [
-            "# Scores\n\nWritten by `python benchmarks/report.py` from the csv files of the runs.\n",
-            *(LEGEND, "", score_table(cells), "", *dots, "## Over datasets\n", OVERALL, "", *compared, *over_datasets),
-            *(
-                "\n## Learning curves\n",
-                CURVES,
-                *images,
-                *displaced,
-                "## How the runs were made\n",
-                origin_table(cells),
-            ),
-            "\n## Published scores\n\nOther data, other environments, other protocols: no column of the table above.\n",
-            published_tables() + "\n",
-        ]
-    )
+def report(cells: list[Cell], columns: dict[tuple, list[Cell]], rank: dict, figures: dict[tuple, str]) -> str:
+    parts = ["# Scores", "Written by `python benchmarks/report.py` from the csv files in `runs/`."]
+    parts += ["![Methods by sets](scores.png)", overview(columns, rank, escape), LEGEND]
+    for key, here in columns.items():
+        dataset, updates, last = key
+        parts += [f"## {escape(dataset)}, {updates} updates", score_table(here)]
+        data = f"{number(here[0].facts['data_score'].mean())} (return {number(here[0].facts['data_return'].mean())})"
+        parts += [f"The last {last} evaluations count. The data's own episodes: {data}."]
+        parts += [f"![Curves on {escape(dataset)}]({figures[key]})"]
+    parts += [OF_A_SET]
+    if text := displacement_table(cells):
+        parts += ["## Displaced", DISPLACEMENT, text]
+    return "\n\n".join([*parts, "## How the runs were made", origin_table(cells)]) + "\n"
 
 
 def report_csv(cells: list[Cell]) -> str:
@@ -740,23 +705,16 @@ def report_csv(cells: list[Cell]) -> str:
         updates = min(run.columns["update"][-1] for run in cell.runs)
         values = [f.max() if name == "peak_memory_gb" else f.mean() for name, f in cell.facts.items()]
         values += [cell.facts[name].std(ddof=1) if len(cell.runs) > 1 else np.nan for name in ("score", "return")]
-        line = [cell.dataset, cell.algo, cell.variant, len(cell.runs), int(updates), cell.score_evals]
+        line = [cell.dataset, cell.algo, cell.variant, len(cell.runs), int(updates), cell.protocol[2]]
         lines.append(line + [f"{value:.6g}" if np.isfinite(value) else "" for value in values])
     csv.writer(text := io.StringIO(), lineterminator="\n").writerows(lines)
     return text.getvalue()
 
 
-def readme_table(cells: list[Cell]) -> str:
-    """Every script on every dataset with its own settings, or where it was run with others alone, the least changed."""
-    shown, rows = {}, []
-    for cell in sorted(cells, key=lambda cell: (cell.dataset, cell.algo, cell.variant.count("="), cell.variant)):
-        shown.setdefault((cell.algo, cell.dataset), cell)
-    for cell in shown.values():
-        name = f"[{escape(cell.algo)}.py](algos/{safe(cell.algo)}.py)" + f" {escape(cell.variant)}" * bool(cell.variant)
-        score, returns = mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"], 0)
-        row = [escape(cell.dataset), name, cell.updates, f"{score} ({len(cell.runs)})"]
-        rows.append([*row, returns, number(cell.facts["data_return"].mean(), 0)])
-    return table("dataset, script, updates, score (seeds), return, the data's mean return", rows)
+def linked(method: str) -> str:
+    """A method's name in the README: its script, linked, and the settings that were changed."""
+    algo, _, variant = method.partition(" ")
+    return f"[{escape(algo)}.py](algos/{safe(algo)}.py){f' {escape(variant)}' * bool(variant)}"
 
 
 def with_table(path: Path, text: str) -> str:
@@ -769,15 +727,14 @@ def with_table(path: Path, text: str) -> str:
     return f"{before}<!-- scores -->\n\n{text}\n\n<!-- /scores -->{after}"
 
 
-def figure_names(cells: list[Cell]) -> dict[str, str]:
-    """Dataset -> the end of its figures' names, each another one."""
+def figure_names(columns: Iterable[tuple]) -> dict[tuple, str]:
+    """Column -> the name of its figure, each another one."""
     names = {}
-    for cell in cells:
-        if cell.dataset not in names:
-            name = safe(cell.dataset)
-            while f"{name}.png" in names.values():
-                name += "-2"
-            names[cell.dataset] = f"{name}.png"
+    for dataset, updates, _ in columns:
+        name = safe(f"curves-{dataset}")
+        while f"{name}.png" in names.values():
+            name += "-2"
+        names[dataset, updates, _] = f"{name}.png"
     return names
 
 
@@ -788,7 +745,7 @@ def main(args: Args) -> int:
     damaged = set()
     if args.runs:
         import_runs(args, damaged)
-    cells = read_cells(args.out, damaged)
+    cells = read_cells(args.csv_dir, damaged)
     if args.compare:
         pairs = paired(cells, args.compare, args.datasets)
         if missing := set(args.datasets) - {cell.dataset for cell, _ in pairs} or not pairs:
@@ -798,28 +755,20 @@ def main(args: Args) -> int:
             raise InputError(f"{nothing}: the methods are {known}")
         print(comparison(pairs))
         return int(bool(damaged))
-    groups = comparable(cells)
-    styles = {
-        method: {"color": plt.get_cmap("tab20")(i % 20), "linestyle": ("-", "--", ":")[i // 20 % 3]}
-        for i, method in enumerate(sorted({cell.method for cell in cells}))
-    }
-    ours = (args.out, args.out_dir) == (Args.out, Args.out_dir)
-    readme = args.readme or (ROOT / "README.md" if ours else None)
-    new_readme = with_table(readme, readme_table(cells)) if readme else ""  # before anything is written
-    figures = figure_names(cells)
-    for dataset, name in figures.items():
-        here = [cell for cell in cells if cell.dataset == dataset]
-        # more than ten lines cannot be told apart: those with a setting changed go first
-        here = [cell for cell in here if len(here) <= 10 or not cell.variant] or here
-        draw_scores(args.out_dir / f"scores-{name}", here)
-        draw_curves(args.out_dir / f"curves-{name}", here, styles)
-    if groups:
-        draw_profiles(args.out_dir / "profile.png", cells, groups, styles)
+    columns = {}
+    for cell in sorted(cells, key=lambda cell: (cell.dataset, -cell.runs[0].about["num_updates"])):
+        columns.setdefault(cell.protocol, []).append(cell)
+    rank, figures = ranks(columns), figure_names(columns)
+    readme = args.readme or (ROOT / "README.md" if args.out_dir == Args.out_dir else None)
+    new_readme = with_table(readme, overview(columns, rank, linked)) if readme else ""  # before anything is written
+    draw_heat(args.out_dir / "scores.png", columns, rank)
+    for key, here in columns.items():
+        draw_curves(args.out_dir / figures[key], here)
     write_text(args.out_dir / "report.csv", report_csv(cells))
-    write_text(args.out_dir / "report.md", report(cells, groups, figures))
+    write_text(args.out_dir / "report.md", report(cells, columns, rank, figures))
     if readme:
         write_text(readme, new_readme)
-    print(f"{score_table(cells)}\n\n{args.out_dir / 'report.md'}")
+    print(f"{overview(columns, rank, escape)}\n\n{args.out_dir / 'report.md'}")
     return int(bool(damaged))
 
 

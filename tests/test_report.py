@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def make_run(
 
 def call(tmp_path, *runs, **kwargs):
     """Imports and reports into tmp_path; returns the rows of report.csv by (dataset, variant)."""
-    report.main(Args(runs=runs, out=tmp_path / "csv", out_dir=tmp_path / "out", **kwargs))
+    report.main(Args(runs=runs, out_dir=tmp_path / "out", **kwargs))
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         return {(row["dataset"], row["variant"]): row for row in csv.DictReader(file)}
 
@@ -61,8 +62,13 @@ def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tm
         rel=1e-5,
     )  # the peak memory of one seed is not known, so that of the cell is not either
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| a/v0 | mopo | 2 | 40 | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 (75.0) | 0.5 (1.0) | 4.0 | 8 | - |" in text
-    assert (tmp_path / "out" / "curves-a-v0.png").stat().st_size and (tmp_path / "out" / "profile.png").stat().st_size
+    # means of the evaluations: 0, 27.5, 7.5, 22.5; the second is the first that is not more than 5 below 15
+    assert (
+        "## a/v0, 40 updates\n" in text and "| mopo | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 | 120 | 4.0 | 8 | - |" in text
+    )
+    assert "| method | a/v0, 40 updates, 2 seeds |\n| --- | --- |\n| mopo | 15.0 ± 7.1 |\n" in text
+    assert "The data's own episodes: 0.5 (return 1.0)." in text
+    assert (tmp_path / "out" / "curves-a-v0.png").stat().st_size and (tmp_path / "out" / "scores.png").stat().st_size
 
 
 def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp_path):
@@ -71,7 +77,7 @@ def test_a_csv_tells_how_its_run_was_made_and_has_every_column_at_six_digits(tmp
     )
     (run / "resources.json").write_text('{"peak_memory_gb": 1.5}')
     assert call(tmp_path, run)["a/v0", "penalty-coef=0.0,gamma=0.9"]["peak_memory_gb"] == "1.5"
-    path = tmp_path / "csv" / "a-v0__mopo__penalty-coef=0.0,gamma=0.9__3.csv"
+    path = tmp_path / "out" / "runs" / "a-v0__mopo__penalty-coef=0.0,gamma=0.9__3.csv"
     first, *rest = path.read_text().splitlines()
     assert json.loads(first.removeprefix("# ")) == {
         "command": "python algos/mopo.py", "hardware": "C64", "commit": "1234567890", "versions": {"torch": "2"},
@@ -99,36 +105,58 @@ def make_comparison(tmp_path):
 def test_comparison_has_differences_and_intervals_dataset_by_dataset_and_over_all(tmp_path, capsys):
     call(tmp_path, make_comparison(tmp_path))
     capsys.readouterr()
-    args = {"out": tmp_path / "csv", "out_dir": tmp_path / "unused", "compare": ("mopo", "mopo tau=1")}
+    before = sorted(tmp_path.rglob("*"))
+    args = {"out_dir": tmp_path / "out", "compare": ("mopo", "mopo tau=1")}
     report.main(Args(**args))
     # every mean of two draws out of two seeds has a probability of 1/4 or 1/2: the 95 % interval holds all of them
     rows = [
-        "| a/v0 (20 updates, last 2) | 15.0 ± 7.1 (2) | 10.0 ± 7.1 (2) | 5.0 [-5.0, 15.0] | 0.75 [0.00, 1.00] |",
-        "| b/v0 (20 updates, last 2) | 40.0 (1) | 50.0 (1) | -10.0 | 0.00 |",
+        "| a/v0 (20 updates, last 2) | 15.0 ± 7.1 (2) | 10.0 ± 7.1 (2) | 5.0 [-5.0, 15.0] | - |",
+        "| b/v0 (20 updates, last 2) | 40.0 (1) | 50.0 (1) | -10.0 | - |",
     ]
-    assert capsys.readouterr().out.splitlines()[2:] == [*rows, "| mean of 2 | 27.5 | 30.0 | -2.5 | 0.38 |"]
+    assert capsys.readouterr().out.splitlines()[2:] == [*rows, "| mean of 2 | 27.5 | 30.0 | -2.5 | - |"]
     report.main(Args(**args, datasets=("b/v0",)))
-    assert capsys.readouterr().out.splitlines()[2:] == [rows[1], "| mean of 1 | 40.0 | 50.0 | -10.0 | 0.00 |"]
-    assert not (tmp_path / "unused").exists()
+    assert capsys.readouterr().out.splitlines()[2:] == [rows[1], "| mean of 1 | 40.0 | 50.0 | -10.0 | - |"]
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is written
     with pytest.raises(InputError, match="no scores of both mopo and mopo tau=1 after the same updates on c/v0:"):
         report.main(Args(**args, datasets=("a/v0", "c/v0")))
     with pytest.raises(InputError, match="on any dataset: the methods are mopo, mopo tau=1"):
         report.main(Args(**(args | {"compare": ("mopo", "tau=1")})))
     with pytest.raises(InputError, match="--datasets narrows --compare"):
-        report.main(Args(out=tmp_path / "csv", datasets=("a/v0",)))
+        report.main(Args(out_dir=tmp_path / "out", datasets=("a/v0",)))
 
 
-def test_of_many_methods_the_pairs_stand_in_a_matrix(tmp_path):
-    for i in range(7):  # the score of the i-th is i on average, its seeds 3 apart
-        for seed in range(2):
-            folder = tmp_path / "g" / f"a-v0__mopo__tau=0.{i}__{seed}"
-            make_run(folder, [2 * i + 6 * seed - 3] * 2, seed=seed)
+def test_a_probability_of_being_better_needs_five_seeds(tmp_path, capsys):
+    for variant, shift in (("", 0), ("tau=1__", 4)):
+        for seed in range(5):
+            make_run(tmp_path / "g" / f"a-v0__mopo__{variant}{seed}", [2 * seed + shift] * 2, seed=seed)
+    call(tmp_path, tmp_path / "g")
+    capsys.readouterr()
+    report.main(Args(out_dir=tmp_path / "out", compare=("mopo", "mopo tau=1")))
+    # scores 0 .. 4 against 2 .. 6: of 25 pairs 3 are won and 3 are ties
+    assert "| -2.0 [-3.8, -0.2] | 0.18 [0.00, 0." in capsys.readouterr().out
+
+
+def test_the_mean_rank_is_over_the_sets_that_every_method_has(tmp_path):
+    scores = {"a": [(0, 2), (8, 10), (4, 6)], "b": [(6, 8), (2, 4), (2, 4)], "c": [(0, 0), (9, 9)]}
+    for dataset, of_methods in scores.items():
+        for i, seeds in enumerate(of_methods):
+            for seed, value in enumerate(seeds):
+                name = f"{dataset}-v0__mopo__{f'tau={i}__' if i else ''}{seed}"
+                make_run(tmp_path / "g" / name, [value] * 2, dataset=f"{dataset}/v0", seed=seed)
     call(tmp_path, tmp_path / "g")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "P(A > B) |" not in text
-    rows = [line for line in text.splitlines() if line.startswith("| mopo tau=0.2 |")]
-    # 0.5 and 3.5 against i - 1.5 and i + 1.5; of the four pairs with i = 5 one is a tie
-    assert "| mopo tau=0.2 | 0.75 | 0.75 | 0.50 | 0.25 | 0.25 | 0.12 | 0.00 |" in rows
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| mopo") and line.count("|") == 6]
+    ranks = {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
+    # on a: 3, 1, 2; on b: 1, then a tie of 2.5 each
+    assert list(ranks) == ["mopo tau=1", "mopo", "mopo tau=2"]
+    assert [value.split(" [")[0] for value in ranks.values()] == ["1.8", "2.0", "2.2"] and "[" in ranks["mopo"]
+    assert rows[1][1:4] == ["0.5 ± 0.7", "3.5 ± 0.7", "0.0 ± 0.0"] and rows[2][3] == ""
+
+
+def test_ranks_of_means():
+    means = np.array([[3.0, 1.0, 2.0], [5.0, 5.0, 0.0]])
+    assert report.mean_rank(means).tolist() == [(1 + 1.5) / 2, (3 + 1.5) / 2, (2 + 3) / 2]
+    assert report.mean_rank(means[None]).shape == (1, 3)
 
 
 def test_displaced_agents_have_a_table_where_some_were_displaced(tmp_path):
@@ -167,7 +195,7 @@ def test_unfinished_runs_are_left_out_and_said_unless_partial(tmp_path, capsys):
     ]
     row = call(tmp_path, grid, partial=True)["a/v0", ""]
     assert (row["seeds"], row["updates"], row["return"]) == ("2", "20", "2.25")
-    assert "| 20 of 30 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "a/v0, 20 of 30 updates, 2 seeds |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_settings_are(tmp_path):
@@ -177,15 +205,17 @@ def test_seeds_whose_settings_differ_are_not_averaged_but_older_files_without_se
         (tmp_path / "g" / str(seed) / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="g/0 and .*g/2 differ in gamma: no mean"):
         call(tmp_path, tmp_path / "g")
-    assert not (tmp_path / "csv").exists()  # what is refused leaves nothing
+    assert not (tmp_path / "out" / "runs").exists()  # what is refused leaves nothing
     for seed in range(3):
-        report.main(Args(runs=(tmp_path / "g" / str(seed),), out=tmp_path / f"csv{seed}", out_dir=tmp_path / "out"))
+        report.main(Args(runs=(tmp_path / "g" / str(seed),), out_dir=tmp_path / f"out{seed}"))
     for seed in (1, 2):
-        (tmp_path / f"csv{seed}" / f"a-v0__mopo__{seed}.csv").rename(tmp_path / "csv0" / f"a-v0__mopo__{seed}.csv")
-    with pytest.raises(InputError, match="csv0/a-v0__mopo__0.csv and .*__2.csv differ in gamma"):
-        report.main(Args(out=tmp_path / "csv0", out_dir=tmp_path / "out"))
-    (tmp_path / "csv0").rename(tmp_path / "csv")
-    for path in (tmp_path / "csv").glob("*.csv"):
+        (tmp_path / f"out{seed}" / "runs" / f"a-v0__mopo__{seed}.csv").rename(
+            tmp_path / "out0" / "runs" / f"a-v0__mopo__{seed}.csv"
+        )
+    with pytest.raises(InputError, match="runs/a-v0__mopo__0.csv and .*__2.csv differ in gamma"):
+        report.main(Args(out_dir=tmp_path / "out0"))
+    (tmp_path / "out0").rename(tmp_path / "out")
+    for path in (tmp_path / "out" / "runs").glob("*.csv"):
         first, _, rest = path.read_text().partition("\n")
         about = json.loads(first.removeprefix("# "))
         del about["settings"]
@@ -208,25 +238,36 @@ def test_networks_are_compared_with_those_of_runs_that_told_layers_of_256_units(
             call(tmp_path, other)
 
 
-def test_the_readme_shows_a_scripts_own_settings_or_where_there_are_none_the_least_changed(tmp_path):
-    for variant, dataset in (("", "a/v0"), ("tau=1", "a/v0"), ("tau=1,gamma=0.9", "b/v0"), ("tau=2", "b/v0")):
-        name = f"{dataset.replace('/', '-')}__mopo__{variant}__0".replace("____", "__")
-        make_run(tmp_path / "g" / name, [1, 2], dataset=dataset)
+def test_the_readme_has_the_table_with_links_to_the_scripts(tmp_path):
+    make_run(tmp_path / "g" / "a-v0__mopo__0", [1, 2])
+    make_run(tmp_path / "g" / "a-v0__mopo__tau=2__0", [3, 4])
+    make_run(tmp_path / "g" / "b-v0__mopo__0", [3, 4], dataset="b/v0")
     (tmp_path / "x.md").write_text("before\n<!-- scores -->\nold\n<!-- /scores -->\nafter\n")
     call(tmp_path, tmp_path / "g", readme=tmp_path / "x.md")
-    text = (tmp_path / "x.md").read_text()
-    assert text.startswith("before\n<!-- scores -->\n") and text.endswith("<!-- /scores -->\nafter\n")
-    script = "[mopo.py](algos/mopo.py)"
-    assert [line.split(" | ")[:2] for line in text.splitlines() if "/v0" in line] == [
-        ["| a/v0", script],
-        ["| b/v0", f"{script} tau=2"],
-    ]
+    assert (tmp_path / "x.md").read_text() == (
+        "before\n<!-- scores -->\n\n| method | a/v0, 20 updates, 1 seed | b/v0, 20 updates, 1 seed |\n"
+        "| --- | --- | --- |\n| [mopo.py](algos/mopo.py) | 0.8 | 1.8 |\n"
+        "| [mopo.py](algos/mopo.py) tau=2 | 1.8 |  |\n\n<!-- /scores -->\nafter\n"
+    )
 
 
-def test_many_variants_of_one_method_are_drawn(tmp_path):
-    for i in range(11):
-        make_run(tmp_path / "g" / f"a-v0__mopo__tau=0.{i}__0", [1, 2])
-    assert len(call(tmp_path, tmp_path / "g")) == 11 and (tmp_path / "out" / "scores-a-v0.png").stat().st_size
+def test_sets_are_columns_of_one_length(tmp_path):
+    make_run(tmp_path / "g" / "a-v0__mopo__0", [1, 2])
+    make_run(tmp_path / "g" / "a-v0__mopo__tau=2__0", [1, 2, 4])
+    call(tmp_path, tmp_path / "g")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| method | a/v0, 30 updates, 1 seed | a/v0, 20 updates, 1 seed |" in text
+    assert "| mopo |  | 0.8 |\n| mopo tau=2 | 1.5 |  |" in text
+    assert {path.name for path in (tmp_path / "out").glob("curves-*")} == {"curves-a-v0.png", "curves-a-v0-2.png"}
+
+
+def test_a_set_without_reference_scores_has_returns(tmp_path):
+    folder = make_run(tmp_path / "g" / "0", [1, 2], ref_scores=None)
+    text = (folder / "progress.csv").read_text()
+    (folder / "progress.csv").write_text(text.replace(",1,0.5,", ",1,nan,").replace(",2,1.0,", ",2,nan,"))
+    call(tmp_path, tmp_path / "g")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| mopo | 1.5 |" in text and "| mopo | 1 | - | 1.5 | 2.0 | - | 2.0 |" in text
 
 
 def test_a_csv_is_replaced_by_the_same_run_alone(tmp_path):
@@ -237,14 +278,17 @@ def test_a_csv_is_replaced_by_the_same_run_alone(tmp_path):
         assert path.read_text() == before
         return str(caught.value).replace(str(tmp_path), "T")
 
-    path, end = tmp_path / "csv" / "a-v0__mopo__0.csv", ": import it into another --out, or delete that first"
+    path, end = (
+        tmp_path / "out" / "runs" / "a-v0__mopo__0.csv",
+        ": import it into another --out-dir, or delete that first",
+    )
     call(tmp_path, make_run(tmp_path / "g", [1.23456789, 2], num_updates=30), partial=True)
     shorter = make_run(tmp_path / "shorter", [1.23456789], num_updates=30)
-    assert error(shorter) == f"T/shorter differs from T/csv/a-v0__mopo__0.csv in evaluations{end}"
+    assert error(shorter) == f"T/shorter differs from T/out/runs/a-v0__mopo__0.csv in evaluations{end}"
     other = make_run(tmp_path / "other", [1.23456789, 2.5, 3])  # by other code, or on another machine
-    assert error(other) == f"T/other differs from T/csv/a-v0__mopo__0.csv in evaluations{end}"
+    assert error(other) == f"T/other differs from T/out/runs/a-v0__mopo__0.csv in evaluations{end}"
     longer = make_run(tmp_path / "longer", [1.23456789, 2, 3, 4])
-    assert error(longer) == f"T/longer differs from T/csv/a-v0__mopo__0.csv in num_updates{end}"
+    assert error(longer) == f"T/longer differs from T/out/runs/a-v0__mopo__0.csv in num_updates{end}"
     whole = make_run(tmp_path / "whole", [1.23456789, 2, 3])
     text = (whole / "progress.csv").read_text()
     (whole / "progress.csv").write_text(text.replace("60.0", "61.0"))  # another time: its first part was resumed
@@ -273,22 +317,7 @@ def test_commands_name_no_folder_of_a_machine():
     assert command == "python algos/mopo.py --seed 1 --num-updates=40"
 
 
-def older(folder: Path) -> Path:
-    """As folders were before they told the data's mean."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({key: v for key, v in config.items() if key not in DATA}))
-    return folder
-
-
-def test_older_run_folders_take_the_datas_mean_from_a_csv_of_the_same_data_or_it_is_unknown(tmp_path, capsys):
-    make_run(tmp_path / "g" / "0", [1, 2])
-    older(make_run(tmp_path / "g" / "1", [1, 2], seed=1))
-    assert call(tmp_path, tmp_path / "g" / "0")["a/v0", ""]["data_return"] == "1"
-    assert call(tmp_path, tmp_path / "g" / "1")["a/v0", ""]["data_return"] == "1" and not capsys.readouterr().err
-    other = older(make_run(tmp_path / "g" / "2", [1, 2], dataset="b/v0", hash="other"))
-    row = call(tmp_path, other)["b/v0", ""]
-    assert (row["data_return"], row["data_score"], row["score"]) == ("", "", "0.75")
-    assert "the data's mean return is unknown to" in capsys.readouterr().err
+def test_of_data_without_a_known_mean_none_is_said(tmp_path):
     nameless = make_run(tmp_path / "h", [1, 2], dataset="c/v0", behaviour_return=None, ref_scores=None, env=None)
     assert call(tmp_path, nameless)["c/v0", ""]["data_return"] == ""
 
@@ -298,10 +327,15 @@ def test_neither_data_nor_environment_nor_what_a_folder_names_are_touched(tmp_pa
     args = {"dataset": "./hostile.npz", "env_id": "hostile:A-v0", "termination": "hostile:f", "seed": 0}
     args |= {"num_updates": 20, "score_evals": 2}
     make_run(tmp_path / "g" / "0", [1, 2], algo="hostile", command="x.py --resume y", args=args, env="hostile:A-v0")
-    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "g", "--out", "csv", "--out-dir", "out"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "report.py"), "g", "--out-dir", "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": "."})
-    assert done.returncode == 0 and not done.stderr and "| hostile.npz | hostile |" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["csv", "g", "hostile.py", "out"]
+    assert (
+        done.returncode == 0
+        and not done.stderr
+        and "hostile.npz, 20 updates" in done.stdout
+        and "| hostile |" in done.stdout
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["g", "hostile.py", "out"]
 
 
 def test_an_evaluation_that_failed_costs_the_score_where_it_is_one_of_the_last(tmp_path, capsys):
@@ -325,8 +359,8 @@ def test_names_are_text_in_the_report_and_never_a_path(tmp_path):
         make_run(tmp_path / "home" / f"{i}", [1, 2], algo=f"{name}{i}")
     home = tmp_path / "home"
     (home / "x.md").write_text("<!-- scores -->\n<!-- /scores -->\n")
-    assert report.main(Args((home,), home / "csv", home / "out", readme=home / "x.md")) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["home"] and len(list((home / "csv").iterdir())) == 8
+    assert report.main(Args((home,), home / "out", readme=home / "x.md")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and len(list((home / "out" / "runs").iterdir())) == 8
     assert not [path for path in home.rglob("*") if path.name.startswith(".")]
     text = (home / "out" / "report.md").read_text() + (home / "x.md").read_text()
     assert not any(markup in text for markup in ("<script>", "<b>", "[x](", "\x1b", "\ud800"))
@@ -380,22 +414,11 @@ def test_damaged_folders_are_left_out_each_with_a_line_and_status_1(tmp_path, ca
     make_run(tmp_path / "g" / "00", [1, 2])
     for i, (file, content, _) in enumerate(DAMAGE, start=1):
         put(make_run(tmp_path / "g" / f"{i:02}", [1, 2], seed=i) / file, content)
-    assert report.main(Args((tmp_path / "g",), tmp_path / "csv", tmp_path / "out")) == 1
+    assert report.main(Args((tmp_path / "g",), tmp_path / "out")) == 1
     said = capsys.readouterr().err.splitlines()
     for i, (line, (_, _, words)) in enumerate(zip(said, DAMAGE, strict=True), start=1):
         assert line.startswith(f"left out: {tmp_path}/g/{i:02}: ") and words in line
-    assert [path.name for path in (tmp_path / "csv").iterdir()] == ["a-v0__mopo__0.csv"]
-
-
-def test_interquartile_mean_is_of_the_middle_half_and_every_dataset_weighs_the_same():
-    scores = [np.array([0.0, 1, 2, 3]), np.array([10.0, 11, 12, 100])]
-    assert report.interquartile_mean(scores) == pytest.approx((2 + 3 + 10 + 11) / 4)
-    # of three runs the outer ones lie a quarter of themselves within the middle half
-    assert report.interquartile_mean([np.array([1.0, 6, 2])]) == pytest.approx((1 / 4 * 1 + 2 + 1 / 4 * 6) / 1.5)
-    few, many = np.array([6.0, 8]), np.array([2.0, 4, 2, 4, 2, 4, 2, 4])
-    assert report.interquartile_mean([few, many]) == pytest.approx((4 + 6) / 2)
-    draws = report.interquartile_mean([np.array([[3.0, 1], [5, 5]]), np.array([[2.0, 2], [0, 0]])])
-    assert draws.tolist() == pytest.approx([2, 2.5])
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["a-v0__mopo__0.csv"]
 
 
 def test_improvement_counts_pairs_on_the_same_dataset_and_ties_half():
@@ -403,11 +426,6 @@ def test_improvement_counts_pairs_on_the_same_dataset_and_ties_half():
     scores, others = [np.array([3.0, 2]), np.array([0.0])], [np.array([1.0, 2]), np.array([5.0, 6])]
     assert report.improvement(scores, others) == (3.5 / 4 + 0) / 2
     assert report.improvement(others, scores) == 1 - (3.5 / 4 + 0) / 2
-
-
-def test_profile_is_the_share_of_runs_above_a_threshold_averaged_over_datasets():
-    scores = [np.array([1.0, 2, 3, 4]), np.array([3.0])]
-    assert report.profile(scores, np.array([0.0, 1.0, 3.0, 4.0])).tolist() == [1, (3 / 4 + 1) / 2, 1 / 8, 0]
 
 
 def test_bootstrap_draws_seeds_within_each_dataset_and_its_interval_is_that_of_a_mean():
@@ -419,36 +437,14 @@ def test_bootstrap_draws_seeds_within_each_dataset_and_its_interval_is_that_of_a
     assert (low, high) == pytest.approx(scores.mean() + np.array([-1.96, 1.96]) * scores.std() / 20, abs=0.01)
 
 
-def test_methods_are_compared_on_the_datasets_that_they_share(tmp_path):
-    grid = tmp_path / "grid"
-    make_run(grid / "a-v0__mopo__0", [2, 2])
-    make_run(grid / "b-v0__mopo__0", [6, 6], dataset="b/v0")
-    make_run(grid / "a-v0__mopo__x=1__0", [8, 8])
-    make_run(grid / "b-v0__mopo__x=1__0", [8, 8, 8], dataset="b/v0")  # longer: no comparison
-    call(tmp_path, grid)
-    run = " (20 updates, last 2)"
-    groups = report.comparable(report.read_cells(tmp_path / "csv", set()))
-    longer = "b/v0 (30 updates, last 2)"
-    assert [
-        (names, {m: [s.tolist() for s in scores] for m, scores in methods.items()}) for names, methods in groups
-    ] == [
-        ((f"a/v0{run}", f"b/v0{run}"), {"mopo": [[1], [3]]}),
-        ((f"a/v0{run}", longer), {"mopo x=1": [[4], [4]]}),
-        ((f"a/v0{run}",), {"mopo": [[1]], "mopo x=1": [[4]]}),
-    ]
-    text = (tmp_path / "out" / "report.md").read_text()
-    assert f"### a/v0{run}, b/v0{run}\n\n| method | runs | IQM |\n| --- | --- | --- |\n| mopo | 1 + 1 | 2.0 |\n" in text
-    assert "| mopo | mopo x=1 | 0.00 |\n" in text  # no intervals from one seed
-
-
 def test_the_same_runs_give_the_same_files(tmp_path):
     make_run(tmp_path / "g" / "a-v0__mopo__0", [1, 2, 4])
     make_run(tmp_path / "g" / "a-v0__mopo__1", [1, 3, 3], seed=1)
     outputs = []
     for _ in range(2):
         call(tmp_path, tmp_path / "g")
-        outputs.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
-    assert outputs[0] == outputs[1] and len(outputs[0]) == 5
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()})
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 6
 
 
 def test_bad_input_is_said_in_one_sentence(tmp_path):
@@ -463,7 +459,7 @@ def test_bad_input_is_said_in_one_sentence(tmp_path):
     assert error(tmp_path / "empty", tmp_path / "no") == (
         "no run folder in T/empty, T/no: one holds config.json and progress.csv"
     )
-    assert error() == "no csv of a run in T/csv: give run folders to import"
+    assert error() == "no csv of a run in T/out/runs: give run folders to import"
     make_run(tmp_path / "g" / "0", [1, 2])
     make_run(tmp_path / "h" / "1", [1, 2])
     assert error(tmp_path / "g", tmp_path / "h") == (
@@ -472,8 +468,8 @@ def test_bad_input_is_said_in_one_sentence(tmp_path):
     call(tmp_path, tmp_path / "h")
     make_run(tmp_path / "k" / "1", [1, 2], seed=1, hash="other")
     assert error(tmp_path / "k") == (
-        "T/csv/a-v0__mopo__0.csv and T/k/1 differ in data_hash: no mean over them makes sense, move one into another "
-        "--out"
+        "T/out/runs/a-v0__mopo__0.csv and T/k/1 differ in data_hash: no mean over them makes sense, move one into "
+        "another --out-dir"
     )
     (tmp_path / "x.md").write_text("no markers")
     assert error(readme=tmp_path / "x.md").startswith("T/x.md lacks the lines <!-- scores --> and <!-- /scores -->")
@@ -481,11 +477,11 @@ def test_bad_input_is_said_in_one_sentence(tmp_path):
 
 def test_a_damaged_csv_is_left_out_until_its_run_folder_is_imported_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "finish", lambda figure, *_: report.plt.close(figure))
-    args = {"out": tmp_path / "csv", "out_dir": tmp_path / "out"}
+    args = {"out_dir": tmp_path / "out"}
     for seed in (0, 1):
         make_run(tmp_path / "g" / str(seed), [1, 2], seed=seed)
     assert report.main(Args((tmp_path / "g",), **args)) == 0
-    path = tmp_path / "csv" / "a-v0__mopo__1.csv"
+    path = tmp_path / "out" / "runs" / "a-v0__mopo__1.csv"
     whole = path.read_text()
     first, _, rest = whole.partition("\n")
     for text, words in (
@@ -545,11 +541,11 @@ def mutate_and_report(folder: Path, seed: int) -> None:
     names = "forced_actions,step,return_mean,return_std,episodes,distance"
     (run / "displaced.csv").write_text("\n".join([names, *rows]))
     (run / "resources.json").write_text('{"peak_memory_gb": 1.5}')
-    args = Args((folder / "g",), folder / "csv", folder / "out", partial=bool(rng.integers(2)))
+    args = Args((folder / "g",), folder / "out", partial=bool(rng.integers(2)))
     if imported := rng.integers(2):
         report.main(args)
         args.runs = ()
-    paths = sorted((folder / "csv").glob("*__1.csv")) if imported else sorted(run.iterdir())
+    paths = sorted((folder / "out" / "runs").glob("*__1.csv")) if imported else sorted(run.iterdir())
     for _ in range(rng.integers(1, 4)):
         path = pick(paths)
         if path.is_dir():
@@ -600,7 +596,7 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_no_half_file(limit, t
     (tmp_path / "no").write_text("a file")
     out_dir = tmp_path / ("out" if limit == "file" else "no/out")
     command = limits + f"runpy.run_path({str(ROOT / 'benchmarks' / 'report.py')!r}, run_name='__main__')"
-    flags = [str(tmp_path / "g"), "--out", str(tmp_path / "csv"), "--out-dir", str(out_dir)]
+    flags = [str(tmp_path / "g"), "--out-dir", str(out_dir)]
     done = subprocess.run([sys.executable, "-c", command, *flags], capture_output=True, text=True)
     (said,) = done.stderr.splitlines()
     assert (
@@ -616,8 +612,8 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_run(tmp_path / "g", [1, 2])
     (tmp_path / "x.md").write_text("<!-- scores -->\n<!-- /scores -->\n")
-    report.main(Args((Path("~/g"),), Path("~/csv"), Path("~/out"), Path("~/x.md")))
-    assert {"csv", "out"} < {path.name for path in tmp_path.iterdir()} and "a/v0" in (tmp_path / "x.md").read_text()
+    report.main(Args((Path("~/g"),), Path("~/out"), Path("~/x.md")))
+    assert (tmp_path / "out" / "runs").is_dir() and "a/v0" in (tmp_path / "x.md").read_text()
 
 
 def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(tmp_path):
@@ -627,14 +623,25 @@ def test_the_command_ends_with_status_1_and_no_traceback_on_bad_input(tmp_path):
     assert done.stderr == f"error: no run folder in {tmp_path}: one holds config.json and progress.csv\n"
 
 
-def test_committed_report_and_readme_are_what_the_committed_runs_give(tmp_path):
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    report.main(Args(out_dir=tmp_path, readme=tmp_path / "README.md"))
-    for name in ("report.md", "report.csv"):
-        assert (tmp_path / name).read_text() == (ROOT / "benchmarks" / "results" / name).read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in RESULTS.glob("*/report.md")))
+def test_a_committed_report_is_what_the_committed_runs_give(name, tmp_path):
+    shutil.copytree(RESULTS / name / "runs", tmp_path / "runs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    report.main(Args(out_dir=tmp_path, readme=tmp_path / "README.md" if name == "bench" else None))
+    for file in ("report.md", "report.csv"):
+        assert (tmp_path / file).read_text() == (RESULTS / name / file).read_text()
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
-    results, names = ROOT / "benchmarks" / "results", {path.name for path in tmp_path.glob("*.png")}
-    old = {path.name for path in results.glob("*.png") if path.name.startswith(("scores-", "curves-", "profile"))}
-    assert names == old and len(names) >= 3
-    for name in names:  # made from these very runs; pixels may differ from machine to machine
-        assert immeta(tmp_path / name)["Source"] == immeta(results / name)["Source"], name
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {path.name for path in (RESULTS / name).glob("*.png")} and len(figures) >= 2
+    for figure in figures:  # made from these very runs; pixels may differ from machine to machine
+        assert immeta(tmp_path / figure)["Source"] == immeta(RESULTS / name / figure)["Source"], figure
+
+
+def test_the_bench_compares_what_was_trained_to_the_end(tmp_path):
+    cells = report.read_cells(RESULTS / "bench" / "runs", set())
+    assert {cell.runs[0].about["num_updates"] for cell in cells} <= {60_000, 120_000, 180_000}
+    assert len({cell.dataset for cell in cells}) == len({cell.protocol for cell in cells})  # one length a set
+    assert all(run.columns["update"][-1] == run.about["num_updates"] for cell in cells for run in cell.runs)

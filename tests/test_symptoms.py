@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "algos"
 README = (FOLDER / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = [name for name in READING_ORDER if (RESULTS / "runs" / f"pendulum-random-v0__{name}__0.csv").exists()]
+MEASURED = [
+    name for name in READING_ORDER if (RESULTS / "default" / "runs" / f"pendulum-random-v0__{name}__0.csv").exists()
+]
 SECTIONS = re.split(r"^(?=## )", README, flags=re.MULTILINE)
 COMMON = SECTIONS[1]
 
@@ -71,7 +73,7 @@ def test_every_method_has_an_equation_a_function_a_knob_and_scores(script):
 
 @pytest.mark.parametrize("script", MEASURED)
 def test_every_column_of_the_log_is_explained_in_the_methods_section_or_before(script):
-    path = RESULTS / "runs" / f"pendulum-random-v0__{script}__0.csv"
+    path = RESULTS / "default" / "runs" / f"pendulum-random-v0__{script}__0.csv"
     columns = path.read_text().splitlines()[1].split(",")
     said = section(script) + COMMON + (section("morel") if script == "morel_npg" else "")
     assert [name for name in columns if f"`{name}`" not in said] == []
@@ -85,8 +87,7 @@ def test_every_knob_is_a_flag_of_its_script(script):
 
 
 def test_every_score_is_one_of_the_report():
-    with open(RESULTS / "report.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = [row for path in RESULTS.glob("*/report.csv") for row in csv.DictReader(path.open(newline=""))]
     known = {
         (row["algo"], row["dataset"], f"{float(row['score']):.1f} ± {float(row['score_sd']):.1f}", row["seeds"])
         for row in rows
@@ -98,7 +99,7 @@ def test_every_score_is_one_of_the_report():
         said |= {
             (script, *found) for found in re.findall(r"([\w-]+/[\w-]+-v0) (-?[\d.]+ ± [\d.]+) \((\d) seeds\)", text)
         }
-    assert len(said) > 40 and said - known == set()
+    assert len(said) > 25 and said - known == set()
     assert {(script, "pendulum/random-v0") for script in MEASURED} <= {claim[:2] for claim in said}
 
 

@@ -181,7 +181,7 @@ def commands(work: Path, minari_set: Path, canary: Path) -> Iterator[tuple[list[
         resume, out = [*mopo[:2], "--resume", str(folder)], str(work / "report")
         yield resume, False, f"run folder with {change}"
         yield [python, str(ROOT / "benchmarks/displace.py"), str(folder)], False, f"displace.py, {change}"
-        report = [python, str(ROOT / "benchmarks/report.py"), str(folder), "--out", f"{out}/runs", "--out-dir", out]
+        report = [python, str(ROOT / "benchmarks/report.py"), str(folder), "--out-dir", out]
         yield report, False, f"report.py, {change}"
         if "run_name" not in change:
             yield [*resume, "--trust"], True, f"run folder with {change}"

@@ -2,7 +2,7 @@
 
 A critic that runs away, a penalty larger than the reward, a policy that stands still. The first two come from the runs
 of benchmarks/grids/bench-pilot.toml, whose evaluations stand in benchmarks/results/symptoms.csv; the healthy half of
-the second and the third are runs of benchmarks/results/runs. Nothing is trained.
+the second and the third are runs of benchmarks/results/mopo-penalty. Nothing is trained.
 Run: python benchmarks/studies/symptoms.py        draws symptoms-*.png from the csv files
      python benchmarks/studies/symptoms.py --runs runs/bench-pilot        writes symptoms.csv anew before
 """
@@ -174,7 +174,7 @@ def draw_standstill(without: list, healthy: list, path: Path, sources: list[Path
 
 def figures(results: Path) -> dict[str, tuple]:
     """Name -> function, its data and the csv files that they stand in."""
-    table, runs = results / "symptoms.csv", results / "runs"
+    table, runs = results / "symptoms.csv", results / "mopo-penalty" / "runs"
     cells = read_symptoms(table)
     cheetah = recorded(runs, "halfcheetah/medium-replay-v0")
     hopper = [recorded(runs, "hopper/medium-replay-v0", variant) for variant in ("penalty-coef=0", "")]
