@@ -4,13 +4,13 @@ No model, no values: the policy is a regression of the logged actions on the obs
 
     L_pi = mean |pi(s) - a|^2,        actor_loss()
 
-optionally on the best episodes alone (--top-fraction 0.1 is the 10%BC of the literature). What a method cannot beat is
-not worth its critic or its model. td3_bc.py is this loss and a critic.
+a mean over rows and action dimensions, optionally of the best episodes alone (--top-fraction 0.1 is the literature's
+10%BC). What a method cannot beat is not worth its critic or its model. td3_bc.py is this loss and a critic.
 Rollouts end:      there are none.
 Gradient stops at: nothing; there is one network and one loss.
 Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1].
 Elites:            there is no ensemble.
-Departures: [network] the paper clones with a transformer over whole episodes; this is the usual network of two layers.
+Departures: [network] the paper clones with a transformer over whole episodes; here it is td3_bc.py's two layers.
 Run: python algos/bc.py
      python algos/bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5 --top-fraction 0.1
 """

@@ -13,9 +13,9 @@ Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observ
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 Departures: [lse] as in CQL(H), the first mean is a log-sum-exp over sampled actions; [states] it is taken at all states
-of the batch, as in OfflineRL-Kit, not only at simulated ones. [entropy] The target entropy is -action_dim. [cosine] The
-actor's learning rate falls along a cosine and alpha stays below 1, as in mopo.py. [backup] As in CQL, the critic's
-target has no entropy.
+of the batch, not only at simulated ones, as in OfflineRL-Kit, whose v2 scores are the only strong ones. [backup] As in
+CQL, the critic's target has no entropy. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the
+actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/combo.py
      python algos/combo.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -75,7 +75,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     conservative_coef: float = 5.0  # beta in Eq. 2 [0.5 or 5, by dataset: TUNED]; 0: offline MBPO
     num_samples: int = 10  # K, actions of each of three kinds at a state [OfflineRL-Kit]
-    lse: Literal["all", "per-source"] = "all"  # over all 3 K actions, or a mean over K of those over 3 [OfflineRL-Kit]
+    lse: Literal["all", "per-source"] = "all"  # one over all 3K, or the mean of K, each over one a kind [OfflineRL-Kit]
     push_down: Literal["mix", "model"] = "mix"  # rho's states: of the whole batch [states], or simulated ones [paper]
     rollout_policy: Literal["policy", "uniform"] = "policy"  # that acts in rollouts [by environment in the paper]
     backup_entropy: bool = False  # in the critic's target [backup]

@@ -10,10 +10,10 @@ Rollouts end:      there are none.
 Gradient stops at: the proposals, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
-Departures: [lse] the sum is an importance-weighted one over sampled actions, as in the authors' code. [entropy] The
-target entropy is -action_dim. [cosine] The actor's learning rate falls along a cosine and alpha stays below 1, as in
-mopo.py; no behaviour cloning in the first 40,000 updates. [backup] As in the authors' code, the critic's target has no
-entropy.
+Departures: as in the authors' code, [lse] the sum is an importance-weighted one over sampled actions, and [backup] the
+critic's target has no entropy. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the actor's
+learning rate falls along a cosine and alpha is at most 1. The authors' code clones the behaviour in its first 40,000
+updates; as in every rewrite that we read, there is no such start here.
 Run: python algos/cql.py
      python algos/cql.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -56,7 +56,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     conservative_coef: float = 5.0  # w [CQL code: 5 or 10]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
-    lse: Literal["all", "per-source"] = "all"  # over all 3 K actions, or a mean over K of those over 3 [OfflineRL-Kit]
+    lse: Literal["all", "per-source"] = "all"  # one over all 3K, or the mean of K, each over one a kind [OfflineRL-Kit]
     backup_entropy: bool = False  # in the critic's target [backup]
     lagrange_threshold: float | None = None  # w then grows while a critic's gap is above it, else shrinks
 

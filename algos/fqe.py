@@ -13,8 +13,8 @@ Rollouts end:      there are none; behind a time limit the value goes on, behind
 Gradient stops at: the target in critic_loss.
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
-Departures: [polyak] the target follows by small steps; Algorithm 3 fits Q anew to each target until it is flat.
-            [twin] two critics with a target each; how far their V_0 lie apart is printed.
+Departures: [polyak] The target follows by small steps, one fit in place of Algorithm 3's many, anew to each target.
+[twin] Two critics with a target each: how far their V_0 lie apart is printed, as a sign of doubt.
 Run: python algos/fqe.py
      python algos/fqe.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5 --policy runs/my-run
 """
@@ -46,7 +46,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     seed: int = 0  # of every random number
     num_updates: int = 1_000_000  # gradient steps [1M to 3M in published code]
     batch_size: int = 256  # rows in a gradient step
-    # --- SARSA ---
+    # --- FQE ---
     hidden_sizes: tuple[int, ...] = (256, 256)  # of actor and critics [ours]
     gamma: float = 0.99  # discount per environment step
     tau: float = 0.005  # Polyak step of the target critic

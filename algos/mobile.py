@@ -1,8 +1,8 @@
 """MOBILE: Model-Bellman Inconsistency (Sun et al. 2023, openreview.net/forum?id=rwLwGPdzDD)
 
-MOPO makes a policy pay for all that the ensemble is unsure of, whether it matters or not. MOBILE asks what it does to
-the value: it lets every elite simulate the same step, values where each of them lands, and penalises how far these
-values lie apart:
+MOPO makes a policy pay for all that the ensemble is unsure of, whether it matters or not. MOBILE asks what the
+doubt does to the value: it lets every elite simulate the same step, values where each of them lands, and penalises how
+far these values lie apart:
 
     U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_c Q'_c(s',a') ]        bellman_inconsistency()
 
@@ -13,10 +13,10 @@ Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss m
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and all 5 enter U.
-As in the authors' code, [backup] the critic's target has no entropy, [clamp] on gym-mujoco's sets it is never below 0,
-[cosine] the actor's learning rate falls along a cosine and alpha stays below 1, or is fixed, [value] B_i lacks the
-reward and gamma of a backup: what members think of the reward is left out, and beta takes the factor. [entropy] The
-target entropy is -action_dim.
+Departures: as in the authors' code, [backup] the critic's target has no entropy, [clamp] on gym-mujoco's sets it is
+never below 0, [entropy] the target entropy is -action_dim, [cosine] the actor's learning rate falls along a cosine and
+alpha is at most 1, or fixed, [value] B_i lacks the reward and gamma of a backup: what members think of the reward is
+left out, and beta takes the factor.
 Run: python algos/mobile.py
      python algos/mobile.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -73,7 +73,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     alpha_lr: float = 1e-4  # [OfflineRL-Kit; MOPO code: 3e-4]
     max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
     target_entropy: float | None = None  # by default -action_dim [entropy]
-    fixed_alpha: float | None = None  # in place of a learned one, which the settings above are for [cosine] [TUNED]
+    fixed_alpha: float | None = None  # a constant alpha; the three settings above then do nothing [cosine] [TUNED]
     # --- The method ---
     penalty_coef: float = 1.0  # beta [0.1 to 5, by dataset: TUNED]
     num_samples: int = 10  # K, successors of every elite at a row [MOBILE code]
@@ -192,7 +192,10 @@ class Agent(nn.Module):
 #     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K      [value]
 @torch.no_grad()
 def member_backups(agent: Agent, dynamics: Dynamics, obs: Tensor, action: Tensor, noise: Tensor) -> Tensor:
-    """noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim). Returns B (num_elites, rows)."""
+    """What each elite's next states are worth, B (num_elites, rows).
+
+    noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim).
+    """
     model_noise, action_noise = noise.split([obs.shape[1] + 1, action.shape[1]], dim=-1)
     next_obs, _ = dynamics.sample_elites(obs, action, model_noise)  # (K, num_elites, rows, obs_dim)
     next_obs, action_noise = next_obs.flatten(0, 2), action_noise.flatten(0, 2)

@@ -12,9 +12,9 @@ Gradient stops at: the target in critic_loss, the whole rollout; actor_loss move
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and the penalty asks all 7.
-Departures: [sample] r^ is the reward that the sampled member samples, as in the authors' code; the paper says the mean.
-[entropy] The target entropy is -action_dim; the authors' code has -3 everywhere. [cosine] As in OfflineRL-Kit, the
-actor's learning rate falls along a cosine and alpha stays below 1.
+Departures: [sample] r^ is the reward that the sampled member samples, as in all code that we read; the paper says the
+mean. [entropy] The target entropy is -action_dim, SAC's rule; the authors' code has -3, Hopper's, everywhere. [cosine]
+As in OfflineRL-Kit, the actor's learning rate falls along a cosine, so that the policy settles; alpha is at most 1.
 Run: python algos/mopo.py
      python algos/mopo.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -286,7 +286,7 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
     """From each start (batch, obs_dim) h steps, or up to the first terminal.
 
     Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2).
-    Also the doubt about each, (num,).
+    Also what each of them pays for the ensemble's doubt, lambda u, (num,).
     """
     rows = []
     doubts = []

@@ -13,10 +13,10 @@ Gradient stops at: the target in critic_loss, the whole rollout; actor_loss move
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and disc is taken among them.
-Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine];
-the paper's, a natural policy gradient on whole episodes, is morel_npg.py. [elites] The members are Gaussians and the
-elites take turns at every step; in the paper they are deterministic and are asked one at a time. [halt] The paper's
-rule: the authors' code ends the trajectory, by default without a penalty, and its threshold is max_D disc / 3.
+Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine],
+so that only the pessimism differs; the paper's, a natural policy gradient on whole episodes, is morel_npg.py. [elites]
+For the same reason Gaussian elites take turns at every step; the paper's members are deterministic, asked one at a
+time. [halt] The paper's rule; its code has, by default, no penalty, and as threshold max_D disc / 3.
 Run: python algos/morel.py
      python algos/morel.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -199,8 +199,8 @@ def threshold(data_discrepancy: Tensor, threshold_coef: float) -> float:
 class PessimisticMDP:
     """Follows the ensemble where it is known; an unknown (s,a) pays -kappa in place of the reward and ends the episode.
 
-    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. This is the paper's
-    absorbing state, entered once for all: -kappa here is what it pays there in all, -kappa / (1 - gamma).
+    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. The paper's
+    absorbing state pays at every step for ever, each time 1 - gamma times this -kappa: both come to the same.
     """
 
     dynamics: Dynamics
@@ -327,7 +327,7 @@ def rollout(mdp: PessimisticMDP, actor: Actor, starts: Tensor, args: Args):
     """From each start (batch, obs_dim) h steps, or up to the first terminal.
 
     Returns the transitions as flat rows (num, 2 obs_dim + action_dim + 2).
-    Also the doubt about each, (num,).
+    Also whether each was in doubt, that is, unknown, so that it halted: bool (num,).
     """
     rows = []
     doubts = []

@@ -8,15 +8,14 @@ the data's initial states and moves the policy by a KL divergence of about delta
 
 Rollouts end:      after the horizon, where terminal_fn says so, and at an unknown (s,a).
 Gradient stops at: advantages and returns, the old policy in ratio and divergence, the whole rollout.
-Normalised:        the ensemble's, the policy's and the value's inputs; actions to [-1, 1]; advantages.
+Normalised:        the ensemble's inputs and targets; the policy's and V's inputs; actions to [-1, 1]; advantages.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and disc is taken among them.
-Departures: [elites] The members are Gaussians and the elites take turns at every step; in the authors' code they are
-deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing is
-bootstrapped where a trajectory ends, be it halted or at the horizon, of which V knows: the authors' code marks every
-one as not terminated, so that halting costs almost nothing in A. [first] It also cuts no trajectory before its fourth
-step, which then pays. [halt] The paper's rule: the authors' code ends the trajectory, by default without a penalty, and
-its threshold is max_D disc / 3.
+Departures: [elites] The ensemble is that of morel.py: Gaussian elites take turns at every step. In the authors' code
+members are deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing
+is bootstrapped where a trajectory ends, by a halt or at the horizon (V is told the time); that code calls no trajectory
+terminated, so that a halt costs almost nothing in A. [first] A trajectory may end at its first step; that code cuts
+none before the fourth. [halt] The paper's rule; that code has, by default, no penalty, and as threshold max_D disc / 3.
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -81,7 +80,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of J-MOReL
+TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, J-MOReL's (on its beta: README.md)
     "pendulum/random-v0": dict(
         num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, compile=False,
         num_trajectories=100, step_size=0.05,
@@ -195,8 +194,8 @@ def threshold(data_discrepancy: Tensor, threshold_coef: float) -> float:
 class PessimisticMDP:
     """Follows the ensemble where it is known; an unknown (s,a) pays -kappa in place of the reward and ends the episode.
 
-    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. This is the paper's
-    absorbing state, entered once for all: -kappa here is what it pays there in all, -kappa / (1 - gamma).
+    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. The paper's
+    absorbing state pays at every step for ever, each time 1 - gamma times this -kappa: both come to the same.
     """
 
     dynamics: Dynamics
@@ -244,7 +243,7 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
 
 #     KL(pi_old || pi) = sum_k [ log sigma_k - log sigma'_k + (sigma'_k^2 + (mu'_k - mu_k)^2) / (2 sigma_k^2) - 1/2 ]
 def kl_divergence(actor: Actor, obs: Tensor, old_mean: Tensor, old_log_std: Tensor) -> Tensor:
-    """Mean over rows."""
+    """Summed over action dimensions, mean over rows."""
     square = (2 * old_log_std).exp() + (old_mean - actor(obs)).square()
     kl = actor.log_std - old_log_std + 0.5 * square * (-2 * actor.log_std).exp() - 0.5
     return kl.sum(dim=-1).mean()

@@ -10,10 +10,10 @@ Rollouts end:      there are none.
 Gradient stops at: pi_b, the target in critic_loss, the weights of exp-weights; a policy's loss moves the actor alone.
 Normalised:        rewards by the spread of returns (scale_rewards); actions to [-1, 1]; observations are not.
 Elites:            there is no ensemble.
-Departures: [twin] There are two Q, each with its own target; a policy is improved by the smaller one (the authors'
-double-Q). [init] The policy starts as the behaviour model, and [closed] their divergence is in closed form, not
-sampled. [rewards] Rewards are scaled as in iql.py, so that one coefficient means the same in every dataset. [fixed] The
-noise of easy-bcq's candidates is fixed, so that acting is deterministic.
+Departures: [twin] There are two Q, each with its own target, and a policy is improved by the smaller one: an option in
+the authors' code. [init] The policy starts as the behaviour model, where their divergence is 0, and [closed] that is in
+closed form, without sampling noise. [rewards] Rewards are scaled as in iql.py, so that one coefficient means the same
+in every dataset. [fixed] The noise of easy-bcq's candidates is fixed, so that acting is deterministic.
 Run: python algos/onestep.py
      python algos/onestep.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

@@ -11,14 +11,14 @@ Rollouts end:      there are none.
 Gradient stops at: the proposals, the target in critic_loss, I and s^ in constraint; actor_loss moves the actor alone.
 Normalised:        I's inputs; actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
-Departures from the released code, which does not run as published: [likelihood] I is fitted by the likelihood of logged
-actions; the squared error of its samples, the code's, drives its deviation to its bound, whatever the data say. [heads]
-I's mean and deviation have an output each; the code reads the mean twice. [scaled] beta is in standard deviations of
-the observations, and I reads them standardised, the change s' - s too. [kl] The default direction is the code's, --kl
-forward the text's. [floor] Fitted to its end I knows some of Hopper's actions to 0.007, others to 0.5, and the
-divergence, which weighs errors by the inverse square, would heed the former only: it takes a deviation of 0.2 at least.
-As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup] the
-critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha stays below 1.
+Departures from the released code, which does not run as published: [likelihood] I is fitted by likelihood; that code's
+squared error of its samples drives its deviation to its bound, whatever the data. [heads] I's mean and deviation have
+an output each; that code reads the mean twice. [scaled] beta is in standard deviations of the observations, which I
+reads standardised, s' - s too: one beta fits all sets. [kl] The direction is the code's, towards one of several good
+actions; --kl forward, the text's, averages them. [floor] Fitted to its end I knows some of Hopper's actions to 0.007,
+others to 0.5, and the divergence, by the inverse square, would heed the former only: it takes a deviation of 0.2 at
+least. As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup]
+the critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/osr.py
      python algos/osr.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -63,9 +63,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     recovery_coef: float = 0.5  # lambda, weight of the divergence [OSR code]; 0 is CQL
-    target: Literal["inverse", "behaviour"] = "inverse"  # I(.|s^,s'), or for comparison a behaviour model at s^
+    target: Literal["inverse", "behaviour"] = "inverse"  # of the divergence: I(.|s^,s'), or to compare pi_b(.|s^)
     min_std: float = 0.2  # least deviation of the wanted actions [floor]; 0: as fitted
-    kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi) [paper] [kl]
+    kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi), which averages [paper] [kl]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
     conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
@@ -74,7 +74,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     latent_coef: float = 0.5  # weight of its latent variable's KL [OSR code]
     inverse_updates: int = 50_000  # of the inverse model [OSR code: 7,812]
     inverse_lr: float = 1e-4  # of its fit [OSR code]
-    behaviour_updates: int = 50_000  # of pi_b
+    behaviour_updates: int = 50_000  # of pi_b, a model of the behaviour
     behaviour_lr: float = 3e-4  # of pi_b's fit
 
 

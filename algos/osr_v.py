@@ -10,13 +10,13 @@ Rollouts end:      there are none.
 Gradient stops at: the proposals, I and s^, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        I's inputs; actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
-No code was released. Choices: [lowered] the log-sum-exp, because the critic of OSR's code has it; --lowered mean is the
-policy's mean. [replaced] The term stands in place of that code's at the logged (s,a), with its weight: with so small a
-beta both would be nearly the same. [single] One action of I a row, as there is one logged action. As in osr.py,
-[likelihood] I is fitted by the likelihood of logged actions, [heads] its mean and deviation have an output each,
-[scaled] beta is in standard deviations of the observations, and I reads them standardised, the change s' - s too. As
+The authors released OSR's code without this form. Choices: [lowered] the log-sum-exp, as in that code's critic;
+--lowered mean is the policy's mean. [replaced] The term stands in place of that code's at the logged (s,a), with its
+weight: with so small a beta both would be nearly the same. [single] One action of I a row, as there is one logged
+action. As in osr.py, [likelihood] I is fitted by the likelihood of logged actions, [heads] its mean and deviation have
+an output each, [scaled] beta is in standard deviations of the observations, which I reads standardised, s' - s too. As
 in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup] the critic's
-target has none, [cosine] the actor's learning rate falls along a cosine and alpha stays below 1.
+target has none, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/osr_v.py
      python algos/osr_v.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -62,7 +62,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     conservative_coef: float = 5.0  # w [OSR code, of CQL's term]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
-    lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or at pi's [lowered]
+    lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or pi's mean [lowered]
     raised: Literal["inverse", "logged"] = "inverse"  # Q(s^,a) at I's actions, or for comparison at the logged ones
     backup_entropy: bool = False  # in the critic's target [backup]
     latent_dim: int = 32  # of the inverse model [OSR code]

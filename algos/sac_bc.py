@@ -13,9 +13,9 @@ Gradient stops at: pi_b, mean |Q|, the target in critic_loss; actor_loss moves t
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
 Departures: [scale] SAC's part of the loss is divided by mean |Q|, as in td3_bc.py, so that one weight fits rewards of
-any scale. The divergence is [mean] a mean over the action's dimensions and [closed] in closed form, not sampled. As in
-cql.py, [entropy] the target entropy is -action_dim, [backup] the critic's target has no entropy, [cosine] the actor's
-learning rate falls along a cosine and alpha stays below 1.
+any scale. The divergence is [mean] a mean over the action's dimensions, as in OSR's code, to compare the two, and
+[closed] in closed form, without sampling noise. As in cql.py, [entropy] the target entropy is -action_dim, [backup] the
+critic's target has no entropy, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/sac_bc.py
      python algos/sac_bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -59,7 +59,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     bc_coef: float = 0.1  # lambda, weight of the divergence; 0 is SAC on logged rows
-    kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || pi_b), or - log pi of logged actions
+    kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || pi_b), or cloning: - log pi of logged actions, no pi_b
     normalise_q: bool = True  # divide SAC's part by mean |Q| [scale]
     backup_entropy: bool = False  # in the critic's target [backup]
     behaviour_updates: int = 50_000  # of pi_b
@@ -216,7 +216,7 @@ def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alp
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] / mean |Q|,   a ~ pi(.|s) reparameterised
 #            + lambda KL
 def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, kl: Tensor, args: Args):
-    """kl: the `divergence`, a scalar"""
+    """kl: the `divergence`, a scalar, per action dimension"""
     action, log_prob = agent.actor(obs, noise["action"])
     q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     scale = 1 / q.abs().mean().detach() if args.normalise_q else 1.0  # [scale]

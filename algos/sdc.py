@@ -8,18 +8,18 @@ follows the clean state in the data. The policy maximises Q under the constraint
 
 by dual gradient descent on a multiplier kappa. The critic is CQL's, or SAC's. U and the ensemble are fitted first.
 Rollouts end:      after one step.
-Gradient stops at: the proposals, the target in critic_loss, U and s^ in constraint, kappa in actor_loss, which moves
-                   the actor alone, also through the ensemble.
-Normalised:        the inputs of ensemble and U, U's outputs, both sides of the MMD; actions to [-1, 1]; observations
+Gradient stops at: the proposals, the target in critic_loss, U and s^ in constraint, kappa in actor_loss. actor_loss
+                   moves the actor alone; constraint's gradient passes through the ensemble on its way there.
+Normalised:        the inputs and targets of ensemble and U, both sides of the MMD; actions to [-1, 1]; observations
                    and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); one of them simulates a row.
-No code was released; settings that name no source below are choices. [latent] U is a variational model of the change
-s' - s; with BEAR's weight of its latent variable's KL, 0.5, that variable goes unused on some data and U knows the mean
-alone. [scaled] beta and the kernel are in standard deviations of the observations. [width] The kernel's width is the
-median distance between a sample of U and the logged s'. [root] The MMD is the root of its biased estimate, as in BEAR's
-code, in which even two sets of samples of U are far from 0, the further the fewer they are: MMD_0 is what they have.
-As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup] the
-critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha stays below 1.
+No code was released; settings without a source are choices. [latent] U is a variational model of the change s' - s;
+with BEAR's weight of the latent variable's KL, 0.5, it goes unused on some data and U knows the mean alone. [scaled]
+beta and the kernel are in standard deviations of the observations, for all sets. [width] The kernel is as wide as the
+median distance between a sample of U and the logged s': neither 0 nor 1 there. [root] The MMD is the root of its biased
+estimate, as in BEAR's code; two sets of samples of U are far from 0 in it, the further the fewer they are: MMD_0 is
+what they have. As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim,
+[backup] the critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/sdc.py
      python algos/sdc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -223,9 +223,9 @@ class Agent(nn.Module):
 
 
 # --- The method ---
-#     L_U = mean | s' - g(s,z) |^2 + c mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi
+#     L_U = mean | delta - g(s,z) |^2 + c mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi
 def transition_loss(transition: TransitionModel, rows: Tensor, noise: Tensor, latent_coef: float) -> Tensor:
-    """rows: (batch, 2 obs_dim), of s and s'; noise: (batch, latent_dim), xi."""
+    """delta: the change s' - s, standardised. rows: (batch, 2 obs_dim), of s and s'; noise: (batch, latent_dim), xi."""
     obs, next_obs = rows.chunk(2, dim=-1)
     delta = (next_obs - obs - transition.delta_mean) / transition.delta_std
     mean, log_std = transition.encode(obs, delta)

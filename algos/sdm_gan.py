@@ -14,11 +14,11 @@ Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observ
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, about 8 there, gives
-itself away. Departures: [shared] In a model rollout every state gets an action of its own; in that code all states of a
-chunk get the first one's. [heads] The ensemble and its terminations are those of the other scripts, not learned heads
-of one network. [candidates] Evaluation acts with noise 0, not with the best of ten actions by Q. [weight] Pairs whose
-episode ends weigh 0, and so do as many logged ones; the code drops them. [warm] The first rollout into the buffer
-comes after the warm start: at the code's sizes earlier rows would have left the buffer before their first use.
+itself away. Departures: [shared] In a model rollout every state gets an action of its own; that code, by a slip, gives
+a chunk of states the first one's. [heads] Ensemble and terminations are those of the other scripts, one fit for all,
+not one network for both. [candidates] Evaluation acts with noise 0, the policy alone; that code takes Q's best of ten.
+[weight] Pairs at a terminal row or an end weigh 0, and as many logged ones, so that shapes stay fixed; that code drops
+them. [warm] The first rollout comes after the warm start: at that code's sizes earlier rows leave the buffer unused.
 Run: python algos/sdm_gan.py
      python algos/sdm_gan.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -78,7 +78,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     discriminator_lr: float = 2e-4  # [SDM-GAN code]
     momentum: float = 0.4  # beta_1 of Adam, of policy and discriminator [SDM-GAN code]
     penalty_weight: float = 10.0  # of wasserstein's gradient penalty [SDM-GAN code]
-    num_bootstrap: int = 50  # K, actions in the critic's target, each at its own perturbed state [SDM-GAN code]
+    num_bootstrap: int = 50  # K, actions whose Q the critic's target averages, each at an s' of its own [SDM-GAN code]
     noise_scale: float = 3e-4  # sigma, of perturbed states, in raw units [SDM-GAN code]
     warm_start_updates: int = 40_000  # the first ones: no critic, the policy by L_G alone [SDM-GAN code]
     real_ratio_interval: int = 5_000  # updates after them between drops of the real share by 0.1 [SDM-GAN code]

@@ -10,7 +10,7 @@ Rollouts end:      there are none.
 Gradient stops at: the target in critic_loss, lambda; actor_loss moves the actor alone.
 Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1]; rewards are not.
 Elites:            there is no ensemble.
-Departures: [mean] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the authors' code.
+Departures: [mean] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the code that alpha is from.
 Run: python algos/td3_bc.py
      python algos/td3_bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

@@ -130,7 +130,8 @@ def marks(line: str, other: str) -> list[bool]:
     own, theirs, marked = words(line), words(other), []
     for kind, i, j, _, _ in difflib.SequenceMatcher(None, own, theirs, autojunk=False).get_opcodes():
         marked += [kind != "equal"] * len("".join(own[i:j]))
-    return marked
+    indent = len(line) - len(line.lstrip())
+    return [False] * indent + marked[indent:]
 
 
 # --- Two scripts, block by block ---

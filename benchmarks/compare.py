@@ -3,6 +3,7 @@
 Run: python benchmarks/compare.py mopo combo     one page
      python benchmarks/compare.py                all steps of the reading order, the matrix and an index, into pages/
      python benchmarks/compare.py --markdown     algos/diffs.md
+     python benchmarks/compare.py --screenshot   the README's picture, by chromium
 Equations are set by equations.toml, the matrix by matrix.toml.
 """
 
@@ -10,13 +11,17 @@ import argparse
 import difflib
 import html
 import re
+import shutil
+import subprocess
 import sys
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 
 from latex2mathml.converter import convert
+from PIL import Image
 from pygments import token
 from pygments.lexers import PythonLexer
 
@@ -41,6 +46,8 @@ from benchmarks.lines import READING_ORDER, changed_lines, source  # noqa: E402
 
 EDGES = [(before, script) for script, before in READING_ORDER.items() if before]
 FOLDED = {"header", "imports", "TUNED"}  # what these say stands elsewhere on the page, or decides no method
+TOGETHER = r"-&gt;|(?<!\S)# \S{1,15}(?=\s|$)"  # in code: no line breaks inside an arrow or behind a #
+PICTURE = ROOT / "benchmarks" / "results" / "compare-mopo-combo.png"
 COLOURED = {  # the class of the first that holds a token
     token.Comment: "c", token.String: "s", token.Keyword: "k", token.Operator.Word: "k", token.Number: "n",
     token.Name.Function: "f", token.Name.Class: "f", token.Name.Decorator: "d",
@@ -137,7 +144,7 @@ def code_line(script: str, number: int, marked: list[bool] | None = None, left_o
     for mark, group in groupby(zip(marked or [False] * len(characters), characters), key=lambda item: item[0]):
         inner = ""
         for colour, run in groupby(group, key=lambda item: item[1][0]):
-            text = escape("".join(c for _, (_, c) in run))
+            text = re.sub(TOGETHER, r"<b>\g<0></b>", escape("".join(c for _, (_, c) in run)))
             inner += f"<i class={colour}>{text}</i>" if colour else text
         out += f"<mark>{inner}</mark>" if mark else inner
     indent = (indentation(lines(script)[number]) - left_out) // 4
@@ -192,7 +199,7 @@ def setting_tables(a: str, b: str) -> str:
     differ = [name for name in [*common, *of_a, *of_b] if name not in same]
 
     def shown(setting: tuple[str, str] | None) -> str:
-        return f"<code>{escape(setting[0])}</code> <small>{escape(setting[1])}</small>" if setting else "–"
+        return f"<code>{escape(setting[0])}</code> <small>{escape(setting[1])}</small>" if setting else ""
 
     def with_symbol(name: str) -> str:
         """The comment of a setting begins with its symbol in the paper, if it has one."""
@@ -235,10 +242,11 @@ def page(title: str, body: str) -> str:
     return template.substitute(parts, title=title, body=body)
 
 
-def compare(a: str, b: str) -> str:
+def compare(a: str, b: str, alone: bool = False) -> str:
+    """alone: index and matrix do not lie beside the page."""
     heads = "".join(f"<div class={side}>{idea(script)}</div>" for side, script in zip("ab", (a, b)))
     facts = [header(script)[2] for script in (a, b)]
-    table = [(label, *(prose(fact.get(label, "–")) for fact in facts)) for label in (*FACTS, "Departures")]
+    table = [(label, *(prose(fact.get(label, "")) for fact in facts)) for label in (*FACTS, "Departures")]
     glance = three_columns(["", f"{a}.py", f"{b}.py"], table)
     out = ""
     for kind, left, right in steps(a, b):
@@ -249,7 +257,8 @@ def compare(a: str, b: str) -> str:
         else:
             out += definitions(a, b, kind, left, right)
     count = f"{changed_lines(a, b)} lines differ, of {len(lines(a))} and {len(lines(b))}"
-    nav = f"<nav><a href=index.html>All comparisons</a><a href=matrix.html>Matrix</a><span>{count}</span></nav>"
+    links = "" if alone else "<a href=index.html>All comparisons</a><a href=matrix.html>Matrix</a>"
+    nav = f"<nav>{links}<span>{count}</span></nav>"
     bar = f"<div class='bar row'><span class=a>{a}.py</span><span class=b>{b}.py</span></div>"
     return page(f"{a} | {b}", f"{nav}<header class=row>{heads}</header><section>{glance}</section>{bar}{out}")
 
@@ -352,18 +361,36 @@ def markdown() -> str:
     return "\n\n".join(out) + "\n"
 
 
+def screenshot(page: str) -> None:
+    """The critic's loss in a page, alone: chromium takes no picture of a page that is scrolled."""
+    if not (chromium := shutil.which("chromium")):
+        sys.exit("--screenshot needs a browser: apt-get install chromium")
+    flags = "--headless --no-sandbox --hide-scrollbars --window-size=1240,798 --force-device-scale-factor=1.5".split()
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "page.html")
+        file.write_text(page + "<style>body > :not(.bar, :has(#critic_loss)) { display: none }</style>")
+        flags += [f"--user-data-dir={folder}", f"--screenshot={PICTURE}"]
+        subprocess.run([chromium, *flags, file.as_uri()], check=True, stderr=subprocess.DEVNULL)
+    Image.open(PICTURE).convert("RGB").quantize(64, dither=0).save(PICTURE, optimize=True)  # a third of the size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="*", help="two scripts of algos/, as mopo combo; by default all steps")
     parser.add_argument("--out", type=Path, default=ROOT / "pages", help="folder of the pages")
     parser.add_argument("--markdown", action="store_true", help="write algos/diffs.md in place of pages")
+    parser.add_argument("--screenshot", action="store_true", help="make the README's picture anew, by chromium")
     args = parser.parse_args()
     if args.markdown:
         (ROOT / "algos" / "diffs.md").write_text(markdown())
         return
+    if args.screenshot:
+        screenshot(compare("mopo", "combo"))
+        return
     if len(args.scripts) not in (0, 2) or not set(args.scripts) <= set(READING_ORDER):
         sys.exit(f"give two of {', '.join(READING_ORDER)}, or nothing for all steps of the reading order")
-    pages = {link(a, b): compare(a, b) for a, b in ([args.scripts] if args.scripts else EDGES)}
+    alone = bool(args.scripts) and not all((args.out / name).exists() for name in ("index.html", "matrix.html"))
+    pages = {link(a, b): compare(a, b, alone) for a, b in ([args.scripts] if args.scripts else EDGES)}
     if not args.scripts:
         pages |= {"index.html": index(), "matrix.html": matrix_page()}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,17 @@ def test_links_lead_to_pages_that_exist(pages):
         assert {name for name, _ in local} <= pages.keys()
 
 
+def test_a_lone_page_leads_nowhere_until_index_and_matrix_lie_beside_it(tmp_path, monkeypatch):
+    argv = ["compare.py", "osr", "sac_bc", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    compare.main()
+    assert "href=index.html" not in (tmp_path / "osr-sac_bc.html").read_text()
+    for name in ("index", "matrix"):
+        (tmp_path / f"{name}.html").touch()
+    compare.main()
+    assert "href=index.html" in (tmp_path / "osr-sac_bc.html").read_text()
+
+
 def test_a_script_beside_itself_folds_into_one_line():
     assert blocks.steps("mopo", "mopo") == [("same", list(blocks.blocks("mopo")), list(blocks.blocks("mopo")))]
 

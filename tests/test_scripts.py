@@ -80,7 +80,7 @@ OTHER_KIND = {
 MAY_HAVE_OTHER_DEFAULTS = {
     "real_ratio", "hidden_sizes", "actor_lr", "normalise_q", "noise_scale", "min_std", "latent_coef",
 }  # fmt: skip
-LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "Natural policy gradient", "Actor and critic"]  # settings stand under these
+LEARNERS = ["SAC", "TD3", "IQL", "SARSA", "FQE", "Natural policy gradient", "Actor and critic"]  # over settings
 BANNERS = [
     "Dynamics", "Model rollouts", *LEARNERS, "The method", "Networks", "The method",
     "Losses", "Update", "Model rollouts", "Batches", "Pre-training", "Evaluation",
