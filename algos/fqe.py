@@ -55,10 +55,13 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     policy: str = ""  # folder of the finished run, of any script, whose policy is evaluated; "": the data's own
 
 
-TUNED = {  # for the embedded default ours; elsewhere the defaults
+TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
     "pendulum/random-v0": dict(
         num_updates=10_000, eval_interval=1_000, score_evals=3, checkpoint_interval=5_000, compile=False,
         hidden_sizes=(64, 64), tau=0.05, critic_lr=1e-3,
+    ),
+    "other": dict(
+        num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
     ),
 }  # fmt: skip
 

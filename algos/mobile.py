@@ -81,23 +81,26 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     clamp_target: bool = False  # a critic's target below 0 becomes 0 [clamp], even where returns are below 0 [TUNED]
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the authors' code
+TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, the authors'
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
         dynamics_hidden_size=128, dynamics_max_epochs=15, penalty_coef=0.5, num_samples=2,
     ),
+    "other": dict(
+        num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
+        rollout_batch_size=5_000, dynamics_hidden_size=128, dynamics_max_epochs=20, num_samples=4,
+    ),
 } | {
-    dataset: dict(rollout_length=length, penalty_coef=coef, clamp_target=True, **rest)
+    f"d4rl/{name}-v2": dict(rollout_length=length, penalty_coef=coef, clamp_target=True, **rest)
     for name, (length, coef, rest) in {
-        "halfcheetah/random": (5, 0.5, {}), "halfcheetah/medium": (5, 0.5, {}),
-        "halfcheetah/medium-replay": (5, 0.1, {}), "halfcheetah/medium-expert": (5, 1.0, {"real_ratio": 0.5}),
-        "hopper/random": (5, 5.0, {}), "hopper/medium": (5, 1.5, {"fixed_alpha": 0.2}),
-        "hopper/medium-replay": (5, 0.1, {"fixed_alpha": 0.2}), "hopper/medium-expert": (5, 1.5, {}),
-        "walker2d/random": (5, 2.0, {}), "walker2d/medium": (5, 0.5, {"dynamics_max_epochs": 30}),
-        "walker2d/medium-replay": (1, 0.5, {}), "walker2d/medium-expert": (1, 1.5, {}),
+        "halfcheetah-random": (5, 0.5, {}), "halfcheetah-medium": (5, 0.5, {}),
+        "halfcheetah-medium-replay": (5, 0.1, {}), "halfcheetah-medium-expert": (5, 1.0, {"real_ratio": 0.5}),
+        "hopper-random": (5, 5.0, {}), "hopper-medium": (5, 1.5, {"fixed_alpha": 0.2}),
+        "hopper-medium-replay": (5, 0.1, {"fixed_alpha": 0.2}), "hopper-medium-expert": (5, 1.5, {}),
+        "walker2d-random": (5, 2.0, {}), "walker2d-medium": (5, 0.5, {"dynamics_max_epochs": 30}),
+        "walker2d-medium-replay": (1, 0.5, {}), "walker2d-medium-expert": (1, 1.5, {}),
     }.items()
-    for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
 
 

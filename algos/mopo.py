@@ -75,20 +75,23 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code], or the mean [MOPO paper]
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of OfflineRL-Kit
+TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, OfflineRL-Kit's
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
         dynamics_hidden_size=128, dynamics_max_epochs=15, penalty_coef=0.5,
     ),
+    "other": dict(
+        num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
+        rollout_batch_size=5_000, dynamics_hidden_size=128, dynamics_max_epochs=20, penalty_coef=0.5,
+    ),
 } | {
-    dataset: dict(rollout_length=length, penalty_coef=coef)
+    f"d4rl/{name}-v2": dict(rollout_length=length, penalty_coef=coef)
     for name, (length, coef) in {
-        "halfcheetah/medium": (5, 0.5), "halfcheetah/medium-replay": (5, 0.5), "halfcheetah/medium-expert": (5, 2.5),
-        "hopper/medium": (5, 5.0), "hopper/medium-replay": (5, 2.5), "hopper/medium-expert": (5, 5.0),
-        "walker2d/medium": (5, 0.5), "walker2d/medium-replay": (1, 2.5), "walker2d/medium-expert": (1, 2.5),
+        "halfcheetah-medium": (5, 0.5), "halfcheetah-medium-replay": (5, 0.5), "halfcheetah-medium-expert": (5, 2.5),
+        "hopper-medium": (5, 5.0), "hopper-medium-replay": (5, 2.5), "hopper-medium-expert": (5, 5.0),
+        "walker2d-medium": (5, 0.5), "walker2d-medium-replay": (1, 2.5), "walker2d-medium-expert": (1, 2.5),
     }.items()
-    for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
 
 

@@ -80,17 +80,20 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, J-MOReL's offsets
+TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, J-MOReL's
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,
         dynamics_hidden_size=128, dynamics_max_epochs=15, threshold_coef=3.0, halt_offset=100.0,
     ),
+    "other": dict(
+        num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
+        rollout_batch_size=5_000, dynamics_hidden_size=128, dynamics_max_epochs=20,
+    ),
 } | {
-    dataset: dict(halt_offset=offset)
+    f"d4rl/{name}-{grade}-v2": dict(halt_offset=offset)
     for name, offset in {"halfcheetah": 200.0, "hopper": 50.0, "walker2d": 30.0}.items()
     for grade in ("random", "medium", "medium-replay", "medium-expert")
-    for dataset in (f"{name}/{grade}-v0", f"d4rl/{name}-{grade}-v2")
 }  # fmt: skip
 
 

@@ -80,14 +80,14 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, J-MOReL's (on its beta: README.md)
+TUNED = {  # of the embedded default ours; of D4RL v2, and our sets so named, J-MOReL's (on its beta: README.md)
     "pendulum/random-v0": dict(
         num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, compile=False,
         num_trajectories=100, step_size=0.05,
         dynamics_max_epochs=30, threshold_coef=3.0, halt_offset=1_500.0,  # whole episodes need a better model
     ),
 } | {
-    dataset: dict(
+    f"d4rl/{name}-{grade}-v2": dict(
         threshold_coef=coef, halt_offset=offset, num_trajectories=num, horizon=horizon, num_updates=updates,
         init_std=std,
     )
@@ -96,7 +96,6 @@ TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that na
         "walker2d": (20.0, 30.0, 400, 700, 1000, 0.61),
     }.items()
     for grade in ("random", "medium", "medium-replay", "medium-expert")
-    for dataset in (f"{name}/{grade}-v0", f"d4rl/{name}-{grade}-v2")
 }  # fmt: skip
 
 

@@ -85,21 +85,25 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_candidates: int = 1  # at evaluation, Q_1's best is taken [SDM-GAN code: 10]; 1: noise 0 [candidates]
 
 
-TUNED = {  # for the embedded default ours; for D4RL v2, and our sets of that name, those of the released code for v0
+TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, the code's v0
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False, batch_size=128,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, rollout_batch_size=1_000, num_bootstrap=2,
         dynamics_hidden_size=128, dynamics_max_epochs=15, q_coef=100.0, discriminator_lr=1e-3,
         warm_start_updates=750, real_ratio_interval=250,
     ),
+    "other": dict(
+        num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64), batch_size=256,
+        rollout_batch_size=1_000, num_bootstrap=4, dynamics_hidden_size=128, dynamics_max_epochs=20,
+        warm_start_updates=4_800, real_ratio_interval=600,
+    ),
 } | {
-    dataset: dict(rollout_length=length, rollout_batch_size=32_000 // length, noise_dim=noise_dim)
+    f"d4rl/{name}-v2": dict(rollout_length=length, rollout_batch_size=32_000 // length, noise_dim=noise_dim)
     for name, (length, noise_dim) in {
-        "halfcheetah/medium": (3, None), "halfcheetah/medium-replay": (3, 50), "halfcheetah/medium-expert": (3, None),
-        "hopper/medium": (1, 50), "hopper/medium-replay": (1, 50), "hopper/medium-expert": (5, None),
-        "walker2d/medium": (1, None), "walker2d/medium-replay": (5, 50), "walker2d/medium-expert": (5, 50),
+        "halfcheetah-medium": (3, None), "halfcheetah-medium-replay": (3, 50), "halfcheetah-medium-expert": (3, None),
+        "hopper-medium": (1, 50), "hopper-medium-replay": (1, 50), "hopper-medium-expert": (5, None),
+        "walker2d-medium": (1, None), "walker2d-medium-replay": (5, 50), "walker2d-medium-expert": (5, 50),
     }.items()
-    for dataset in (f"{name}-v0", f"d4rl/{name.replace('/', '-')}-v2")
 }  # fmt: skip
 
 

@@ -3,12 +3,11 @@
 import os
 import socket
 import sys
-from http.client import HTTPException
 from pathlib import Path
 
 from torch.hub import download_url_to_file
 
-from common import InputError
+from common import InputError, explained
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 D4RL = {  # bytes and the first 16 hex digits of the SHA-256 of each file
@@ -56,17 +55,12 @@ def d4rl_file(name: str) -> Path:
 
 def _download(url: str, file: Path, sha256: str) -> None:
     """Into a file beside it, which becomes `file` only when its SHA-256 begins with `sha256`."""
-    usual = socket.getdefaulttimeout()
+    usual, what = socket.getdefaulttimeout(), f"{file.name} is not in {file.parent}, and its download from {url} failed"
+    hint = "run the same command where there is a network, or put the file there, or set D4RL_DATASET_DIR to a folder"
     socket.setdefaulttimeout(TIMEOUT)  # torch gives urlopen none
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(url, str(file), sha256, progress=sys.stderr.isatty())
-    except RuntimeError:  # torch's word for another hash
-        what = f"What came from {url} has a wrong SHA-256, because it broke off or is another file"
-        raise InputError(f"{what}: it was deleted, and the same command tries again.") from None
-    except (OSError, HTTPException) as error:
-        what = f"{file.name} is not in {file.parent}, and its download from {url} failed ({error})"
-        hint = "run the same command where there is a network, or put the file there, or set D4RL_DATASET_DIR"
-        raise InputError(f"{what}: {hint} to a folder that has it or can be written.") from None
+        with explained(what, f"{hint} that has it or can be written"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(url, str(file), sha256, progress=sys.stderr.isatty())
     finally:
         socket.setdefaulttimeout(usual)

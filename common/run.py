@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from common import InputError, WriteError, explained, write_text
 from common.dataset import OfflineDataset
+from common.download import D4RL
 from common.dynamics import save
 from common.evaluation import EnvironmentFails, evaluate, make_envs
 from common.machine import compiled, keep_freed_memory, progress_bar, set_matmul_precision
@@ -49,10 +51,9 @@ RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other n
     **dict.fromkeys(("gamma", "tau", "real_ratio", "expectile", "top_fraction", "policy_share", "gae_lambda"), (0, 1)),
     "target_entropy": (-math.inf, math.inf), "momentum": (0, 0.999), "init_std": (1e-3, math.inf),
 }  # fmt: skip
-MAY_BE_INF = {"max_alpha"}  # where it means none
 # what may change when a run goes on; other data are noticed by their hash
 FREE = {"dataset", "eval_interval", "eval_episodes", "score_evals", "checkpoint_interval", "num_threads", "device"}
-FREE |= {"compile", "matmul_precision", "trust", "resume", "num_updates"}
+FREE |= {"compile", "matmul_precision", "trust", "preset", "resume", "num_updates"}
 PATHS = ("dataset", "dynamics", "policy", "run_dir", "resume")
 
 
@@ -72,6 +73,7 @@ class RunArgs:
     run_name: str = ""  # by default dataset__algo__seed__time
     resume: str = ""  # folder of a run to go on with; its settings hold where no flag is given
     trust: bool = False  # import the modules that data or a resumed run's folder name: code of whoever made them
+    preset: Literal["auto", "paper"] = "auto"  # auto: the row of TUNED for the data; paper: the defaults, or D4RL's row
 
 
 def start(main: Callable, Args: type[RunArgs], tuned: dict[str, dict]) -> None:
@@ -86,25 +88,29 @@ def start(main: Callable, Args: type[RunArgs], tuned: dict[str, dict]) -> None:
 
 def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
     """Prints a line on each setting that is not the script's default."""
-    given, resumed = tyro.cli(Args), None
+    given, resumed, row = tyro.cli(Args), None, ""
     if given.resume:
         base = resumed = _settings_of(Path(given.resume).expanduser(), Args)
     else:
-        d4rl_name = f"d4rl/{Path(given.dataset).stem.replace('_', '-')}"  # of hopper_medium-v2.hdf5
-        base = tuned.get(given.dataset) or tuned.get(d4rl_name, {})
+        d4rl = d4rl_name(given.dataset)
+        rows = [d4rl] if given.preset == "paper" else [given.dataset, d4rl, *["other"] * (d4rl not in D4RL)]
+        row = next((row for row in rows if row in tuned), "")
+        base = tuned.get(row, {})
+        if row == "other":
+            print("preset      small, for a log of thousands of rows; the paper's sizes: --preset paper")
     args = tyro.cli(Args, default=replace(Args(), **base))
     args.trust = given.trust  # never a folder's word
     for name in PATHS:
         if getattr(args, name, "").startswith("~"):
             setattr(args, name, str(Path(getattr(args, name)).expanduser()))
-    origin = "the resumed run" if resumed else "TUNED for this dataset"
+    origin = "the resumed run" if resumed else "TUNED for other data" if row == "other" else "TUNED for this dataset"
     for field in fields(Args):
         name, value = field.name, getattr(args, field.name)
         flag, numbers = "--" + name.replace("_", "-"), value if type(value) is tuple else (value,)
         least, most = RANGES.get(name, (0 if type(numbers[0]) is float else 1, math.inf))
         for number in numbers:
             is_number = type(number) in (int, float)
-            if is_number and not (least <= number <= most and (math.isfinite(number) or name in MAY_BE_INF)):
+            if is_number and not (least <= number <= most and (math.isfinite(number) or name == "max_alpha")):
                 bounds = f"between {least} and {most}" if math.isfinite(most) else f"at least {least}"
                 bounds += " and finite" * math.isinf(number)
                 raise InputError(f"{flag} must be {bounds}, not {number}")
@@ -116,6 +122,12 @@ def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch finds no GPU: use --device cpu or auto")
     return args
+
+
+def d4rl_name(dataset: str) -> str:
+    """d4rl/hopper-medium-v2 for that, for hopper_medium-v2.hdf5, and for our own hopper/medium-v0."""
+    name = Path(dataset).stem if Path(dataset).suffix else dataset.removeprefix("d4rl/")
+    return f"d4rl/{re.sub('-v[02]$', '', name).replace('_', '-').replace('/', '-')}-v2"
 
 
 def _check_resumed(flag: str, value, before, args: RunArgs) -> None:

@@ -298,11 +298,11 @@ def test_an_ensemble_with_a_lone_elite_is_refused(tmp_path, monkeypatch):
         mobile.main(mobile.Args(run_dir=str(tmp_path), num_threads=1))
 
 
-def test_tuned_settings_are_those_of_the_authors_code_under_both_names():
+def test_tuned_settings_are_those_of_the_authors_code():
     hopper = {"rollout_length": 5, "penalty_coef": 1.5, "clamp_target": True}
-    assert mobile.TUNED["hopper/medium-v0"] == hopper | {"fixed_alpha": 0.2}
+    assert mobile.TUNED["d4rl/hopper-medium-v2"] == hopper | {"fixed_alpha": 0.2}
     assert mobile.TUNED["d4rl/hopper-medium-expert-v2"] == hopper
-    assert mobile.TUNED["halfcheetah/medium-expert-v0"]["real_ratio"] == 0.5
+    assert mobile.TUNED["d4rl/halfcheetah-medium-expert-v2"]["real_ratio"] == 0.5
     assert mobile.TUNED["d4rl/walker2d-medium-v2"]["dynamics_max_epochs"] == 30
     assert mobile.TUNED["d4rl/hopper-random-v2"]["penalty_coef"] == 5.0
-    assert len(mobile.TUNED) == 25
+    assert len(mobile.TUNED) == 14

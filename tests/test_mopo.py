@@ -560,11 +560,11 @@ def test_rollout_needs_no_gradient():
 
 # --- Settings by dataset ---
 def test_tuned_settings_are_those_of_offlinerl_kit_under_both_names():
-    assert mopo.TUNED["hopper/medium-v0"] == {"rollout_length": 5, "penalty_coef": 5.0}
+    assert mopo.TUNED["d4rl/hopper-medium-v2"] == {"rollout_length": 5, "penalty_coef": 5.0}
     assert mopo.TUNED["d4rl/hopper-medium-replay-v2"] == {"rollout_length": 5, "penalty_coef": 2.5}
-    assert mopo.TUNED["walker2d/medium-replay-v0"] == {"rollout_length": 1, "penalty_coef": 2.5}
+    assert mopo.TUNED["d4rl/walker2d-medium-replay-v2"] == {"rollout_length": 1, "penalty_coef": 2.5}
     assert mopo.TUNED["d4rl/halfcheetah-medium-v2"] == {"rollout_length": 5, "penalty_coef": 0.5}
-    assert len(mopo.TUNED) == 19
+    assert len(mopo.TUNED) == 11
 
 
 # --- Buffer and batches ---

@@ -290,8 +290,8 @@ def test_a_run_logs_halting_and_the_bound_beside_the_return_and_lower_thresholds
     assert rates[0] > rates[1] > rates[2]
 
 
-def test_tuned_offsets_are_those_of_j_morel_under_both_names():
+def test_tuned_offsets_are_those_of_j_morel():
     offsets = {"halfcheetah": 200.0, "hopper": 50.0, "walker2d": 30.0}
     for name, offset in offsets.items():
-        assert morel.TUNED[f"{name}/medium-v0"] == morel.TUNED[f"d4rl/{name}-medium-v2"] == {"halt_offset": offset}
-    assert len(morel.TUNED) == 25
+        assert morel.TUNED[f"d4rl/{name}-medium-v2"] == {"halt_offset": offset}
+    assert len(morel.TUNED) == 14

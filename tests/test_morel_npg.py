@@ -455,9 +455,9 @@ def test_trajectories_start_at_the_datas_initial_states(run, monkeypatch):
     assert steps == 12 and starts.shape == (20, 3) and len(starts.unique(dim=0)) == 3
 
 
-def test_tuned_settings_are_those_of_j_morel_under_both_names():
+def test_tuned_settings_are_those_of_j_morel():
     hopper = {"threshold_coef": 10.0, "halt_offset": 50.0, "num_trajectories": 200, "horizon": 700, "num_updates": 500}
-    assert npg.TUNED["hopper/medium-v0"] == npg.TUNED["d4rl/hopper-medium-v2"] == hopper | {"init_std": 0.78}
-    assert npg.TUNED["d4rl/halfcheetah-random-v2"]["threshold_coef"] == 50.0 and len(npg.TUNED) == 25
+    assert npg.TUNED["d4rl/hopper-medium-v2"] == hopper | {"init_std": 0.78}
+    assert npg.TUNED["d4rl/halfcheetah-random-v2"]["threshold_coef"] == 50.0 and len(npg.TUNED) == 13
     for name, log_std in (("halfcheetah", -1.0), ("walker2d", -0.5)):
-        assert math.log(npg.TUNED[f"{name}/medium-v0"]["init_std"]) == pytest.approx(log_std, abs=0.01)
+        assert math.log(npg.TUNED[f"d4rl/{name}-medium-v2"]["init_std"]) == pytest.approx(log_std, abs=0.01)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,7 +207,31 @@ def test_a_file_with_d4rls_name_gets_the_settings_of_its_set_and_flags_come_firs
     path = ("--dataset", "somewhere/hopper_medium-v2.hdf5")
     assert settings(*path) == (5.0, 5) and settings(*path, "--penalty-coef", "3") == (3.0, 5)
     assert settings("--dataset", "somewhere/walker2d_medium_replay-v2.hdf5") == (2.5, 1)
-    assert settings("--dataset", "somewhere/mine.hdf5") == (mopo.Args.penalty_coef, mopo.Args.rollout_length)
+    assert settings("--dataset", "hopper/medium-v0") == settings("--dataset", "d4rl/hopper-medium-v2") == (5.0, 5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_data_have_the_benchs_settings_and_the_papers_are_one_flag_away(script, monkeypatch, capsys):
+    module = importlib.import_module(f"algos.{script}")
+
+    def settings(*flags: str) -> dict:
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *flags])
+        return asdict(read_args(module.Args, module.TUNED))
+
+    other = settings("--dataset", "mine.npz")
+    out = capsys.readouterr().out
+    if script != "morel_npg":  # is not in the bench
+        assert other["hidden_sizes"] == (64, 64) and other["num_updates"] == 120_000
+        assert "preset      small" in out and "--num-updates 120000 (TUNED for other data)" in out
+        flag = settings("--dataset", "mine.npz", "--num-updates", "7")
+        assert flag["num_updates"] == 7 and flag["hidden_sizes"] == (64, 64)
+    for name in ("mine.npz", "pendulum/random-v0"):
+        paper = settings("--dataset", name, "--preset", "paper")
+        assert paper == asdict(module.Args()) | {"dataset": name, "preset": "paper"}
+    capsys.readouterr()
+    d4rl = settings("--dataset", "d4rl/hopper-medium-v2")
+    assert "preset" not in capsys.readouterr().out and d4rl["hidden_sizes"] == module.Args.hidden_sizes
+    assert settings("--dataset", "d4rl/hopper-medium-v2", "--preset", "paper") == d4rl | {"preset": "paper"}
 
 
 def test_the_score_is_the_mean_of_the_last_evaluations_not_the_best(run, capsys):

