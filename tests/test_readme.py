@@ -13,8 +13,8 @@ from common.dataset import load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-QUICK = "--no-compile --num-threads 1 --num-updates 1200 --eval-interval 600"
-QUICK += " --hidden-sizes 64 64 --dynamics-hidden-size 64"
+QUICK = "--no-compile --num-threads 1 --num-updates 1800 --eval-interval 600"
+QUICK += " --dynamics-hidden-size 64 --tau 0.02 --actor-lr 1e-3 --critic-lr 1e-3"
 
 
 def test_an_environment_with_a_rule_that_nobody_knows_is_learned_from_plain_arrays(tmp_path):
