@@ -92,7 +92,7 @@ def prediction(fig, ax, errors: tuple[np.ndarray, ...], jump: float) -> None:
         ax.hist(np.clip(error / unit, *bins[[0, -1]]), bins=bins, color=colour, alpha=0.7, label=label)
     ax.axvline(jump, color=INK, linewidth=1, linestyle=":")
     ax.set(xscale="log", yscale="log", xlabel="error of one-step prediction; dotted: a jump", ylabel="rows")
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2, columnspacing=1)
 
 
 def figures(log: "Log", jump: float) -> str:
