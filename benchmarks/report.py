@@ -57,6 +57,7 @@ normalised as in D4RL (0 = random policy, 100 = expert), or the return where a s
 best; the mean over the sets that every method was run on, with a 95 % interval from {NUM_DRAWS:,} bootstrap draws of
 the seeds within each cell, where all cells have two or more. With fewer than about five it is too narrow."""
 OF_A_SET = f"""\
+**rise**: by how much the last third of the evaluations lies above the middle third: what still moves is not done.
 **best**: mean over seeds of each run's best evaluation; nobody without the real environment can choose it. **near**:
 seconds until the seeds' mean was first within {NEAR:g} points of its score. **minutes**: from start to end; both have
 the ensemble's fit where none was cached. **updates/s**: median over a run's evaluations. **GB**: most memory."""
@@ -93,6 +94,10 @@ class Run:
         last, data_return = slice(-self.about["score_evals"], None), np.float64(self.about["behaviour"])
         low, high = self.about["ref_scores"] or (np.nan, np.nan)
         facts = {"score": scores[last].mean(), "return": returns[last].mean()}
+        third = -(-len(scores) // 3)  # rounded up
+        for what, values in (("score", scores), ("return", returns)):
+            before = values[-2 * third : -third]
+            facts[f"rise_{what}"] = values[-third:].mean() - before.mean() if len(before) else np.nan
         # fmax: an evaluation that failed is nan
         facts |= {"best_score": np.fmax.reduce(scores), "best_return": np.fmax.reduce(returns)}
         facts |= {"data_score": 100 * (data_return - low) / (high - low), "data_return": data_return}
@@ -622,10 +627,11 @@ def score_table(cells: list[Cell]) -> str:
     rows = []
     for cell in sorted(cells, key=lambda cell: -cell.facts[cell.key].mean()):
         row = [escape(cell.method), len(cell.runs), mean_sd(cell.facts["score"]), mean_sd(cell.facts["return"])]
-        row += [number(cell.facts[f"best_{cell.key}"].mean()), number(seconds_to_score(cell), 0)]
+        row += [number(cell.facts[f"{what}_{cell.key}"].mean()) for what in ("rise", "best")]
+        row += [number(seconds_to_score(cell), 0)]
         row += [number(cell.facts["minutes"].mean()), number(cell.facts["updates_per_second"].mean(), 0)]
         rows.append([*row, number(cell.facts["peak_memory_gb"].max())])
-    return table("method, seeds, score, return, best, near, minutes, updates/s, GB", rows)
+    return table("method, seeds, score, return, rise, best, near, minutes, updates/s, GB", rows)
 
 
 def displacement_table(cells: list[Cell]) -> str:

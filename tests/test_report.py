@@ -57,6 +57,7 @@ def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tm
     values = {name: float(row[name]) for name in list(row)[6:] if row[name]}
     assert values == pytest.approx(
         {"score": 15, "return": 30, "score_sd": 50**0.5, "return_sd": 200**0.5}  # ddof = 1
+        | {"rise_score": 1.25, "rise_return": 2.5}  # the last two of four against the two before: 10 - 22.5 and 20 - 5
         | {"best_score": 37.5, "best_return": 75, "data_score": 0.5, "data_return": 1}
         | {"minutes": 4, "updates_per_second": 7.5},
         rel=1e-5,
@@ -64,7 +65,8 @@ def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tm
     text = (tmp_path / "out" / "report.md").read_text()
     # means of the evaluations: 0, 27.5, 7.5, 22.5; the second is the first that is not more than 5 below 15
     assert (
-        "## a/v0, 40 updates\n" in text and "| mopo | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 37.5 | 120 | 4.0 | 8 | - |" in text
+        "## a/v0, 40 updates\n" in text
+        and "| mopo | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 1.2 | 37.5 | 120 | 4.0 | 8 | - |" in text
     )
     assert "| method | a/v0, 40 updates, 2 seeds |\n| --- | --- |\n| mopo | 15.0 ± 7.1 |\n" in text
     assert "The data's own episodes: 0.5 (return 1.0)." in text
@@ -267,7 +269,7 @@ def test_a_set_without_reference_scores_has_returns(tmp_path):
     (folder / "progress.csv").write_text(text.replace(",1,0.5,", ",1,nan,").replace(",2,1.0,", ",2,nan,"))
     call(tmp_path, tmp_path / "g")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| mopo | 1.5 |" in text and "| mopo | 1 | - | 1.5 | 2.0 | - | 2.0 |" in text
+    assert "| mopo | 1.5 |" in text and "| mopo | 1 | - | 1.5 | 1.0 | 2.0 | - | 2.0 |" in text
 
 
 def test_a_csv_is_replaced_by_the_same_run_alone(tmp_path):
