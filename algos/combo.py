@@ -8,7 +8,7 @@ logged rows and from short rollouts in the model, and the critic's loss has one 
 It lowers Q where model and policy go, and raises it on the log. beta = 0 with --backup-entropy is offline MBPO. The
 paper picks beta without the environment, by the value of this regulariser: it is logged as conservative_gap.
 Rollouts end:      after h steps, or where terminal_fn says so.
-Gradient stops at: the proposals, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
+Gradient stops at: alpha, kappa, proposals, target in critic_loss, the whole rollout; actor_loss moves the actor alone.
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
@@ -75,14 +75,14 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     conservative_coef: float = 5.0  # beta in Eq. 2 [0.5 or 5, by dataset: TUNED]; 0: offline MBPO
     num_samples: int = 10  # K, actions of each of three kinds at a state [OfflineRL-Kit]
-    lse: Literal["all", "per-source"] = "all"  # one over all 3K, or the mean of K, each over one a kind [OfflineRL-Kit]
+    lse: Literal["all", "per-source"] = "all"  # one sum over all 3K actions, or K sums over 3, averaged [OfflineRL-Kit]
     push_down: Literal["mix", "model"] = "mix"  # rho's states: of the whole batch [states], or simulated ones [paper]
     rollout_policy: Literal["policy", "uniform"] = "policy"  # that acts in rollouts [by environment in the paper]
     backup_entropy: bool = False  # in the critic's target [backup]
     lagrange_threshold: float | None = None  # beta then grows while a critic's gap is above it, else shrinks
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, OfflineRL-Kit's
+TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., OfflineRL-Kit's
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,

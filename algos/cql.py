@@ -10,10 +10,10 @@ Rollouts end:      there are none.
 Gradient stops at: the proposals, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
-Departures: as in the authors' code, [lse] the sum is an importance-weighted one over sampled actions, and [backup] the
-critic's target has no entropy. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the actor's
-learning rate falls along a cosine and alpha is at most 1. The authors' code clones the behaviour in its first 40,000
-updates; as in every rewrite that we read, there is no such start here.
+As in the authors' code, [lse] the sum is an importance-weighted one over sampled actions, [backup] the critic's target
+has no entropy, [entropy] the target entropy is -action_dim. Departures from it: w is 5 and fixed, there by default 1
+times a Lagrange multiplier (threshold 5); nothing is cloned in the first 40,000 updates, as in every rewrite that we
+read; as in mopo.py, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/cql.py
      python algos/cql.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -56,12 +56,12 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     conservative_coef: float = 5.0  # w [CQL code: 5 or 10]; 0 is SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
-    lse: Literal["all", "per-source"] = "all"  # one over all 3K, or the mean of K, each over one a kind [OfflineRL-Kit]
+    lse: Literal["all", "per-source"] = "all"  # one sum over all 3K actions, or K sums over 3, averaged [OfflineRL-Kit]
     backup_entropy: bool = False  # in the critic's target [backup]
     lagrange_threshold: float | None = None  # w then grows while a critic's gap is above it, else shrinks
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,

@@ -55,7 +55,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     policy: str = ""  # folder of the finished run, of any script, whose policy is evaluated; "": the data's own
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=10_000, eval_interval=1_000, score_evals=3, checkpoint_interval=5_000, compile=False,
         hidden_sizes=(64, 64), tau=0.05, critic_lr=1e-3,

@@ -55,7 +55,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     reward_scale: Literal["returns", "none"] = "returns"  # returns: 1000 / (best - worst episode) [IQL code, MuJoCo]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3,

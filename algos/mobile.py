@@ -6,8 +6,8 @@ far these values lie apart:
 
     U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_c Q'_c(s',a') ]        bellman_inconsistency()
 
-The critic's target is lower by beta U at simulated rows, with the U of the present target critics: it costs eight times
-the rest of the update, and nothing is stored with the rollouts. beta = 0 with --backup-entropy is offline MBPO.
+The critic's target is lower by beta U at simulated rows. U is that of the present target critics, and not stored with
+the rollouts: to compute it costs eight times the rest of an update. beta = 0 with --backup-entropy is offline MBPO.
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
@@ -81,7 +81,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     clamp_target: bool = False  # a critic's target below 0 becomes 0 [clamp], even where returns are below 0 [TUNED]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, the authors'
+TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., the authors'
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,

@@ -75,7 +75,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code], or the mean [MOPO paper]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, OfflineRL-Kit's
+TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., OfflineRL-Kit's
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,

@@ -14,7 +14,7 @@ Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observ
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row, and disc is taken among them.
 Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine],
-so that only the pessimism differs; the paper's, a natural policy gradient on whole episodes, is morel_npg.py. [elites]
+so that only the pessimism differs; the paper's, a natural policy gradient on long episodes, is morel_npg.py. [elites]
 For the same reason Gaussian elites take turns at every step; the paper's members are deterministic, asked one at a
 time. [halt] The paper's rule; its code has, by default, no penalty, and as threshold max_D disc / 3.
 Run: python algos/morel.py
@@ -80,7 +80,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, J-MOReL's
+TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., J-MOReL's
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, rollout_batch_size=5_000,

@@ -1,12 +1,12 @@
 """MOReL with the paper's planner, a natural policy gradient (Kidambi et al. 2020, arXiv:2005.05951)
 
-The pessimistic MDP is that of morel.py, and what plans in it is on-policy. Each iteration simulates whole episodes from
-the data's initial states and moves the policy by a KL divergence of about delta / 2 (Rajeswaran et al. 2017):
+The pessimistic MDP is that of morel.py, and what plans in it is on-policy. Each iteration simulates episodes from the
+data's initial states up to the horizon, then moves the policy by a KL of about delta / 2 (Rajeswaran et al. 2017):
 
     A_t = sum_l (gamma lambda)^l [ r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}) ]                      gae()
-    F d = g = grad mean A pi / pi_old,   theta <- theta + sqrt(delta / g^T d) d          natural_step()
+    (F + damping) x = g = grad mean A pi / pi_old,   theta <- theta + sqrt(delta / g^T x) x          natural_step()
 
-Rollouts end:      after the horizon, where terminal_fn says so, and at an unknown (s,a).
+Rollouts end:      after the horizon (TUNED: 700 steps on Hopper, Walker2d), by terminal_fn, and at an unknown (s,a).
 Gradient stops at: advantages and returns, the old policy in ratio and divergence, the whole rollout.
 Normalised:        the ensemble's inputs and targets; the policy's and V's inputs; actions to [-1, 1]; advantages.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
@@ -80,7 +80,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     pessimistic_episodes: int = 50  # in the pessimistic MDP, at each evaluation, from the data's initial states
 
 
-TUNED = {  # of the embedded default ours; of D4RL v2, and our sets so named, J-MOReL's (on its beta: README.md)
+TUNED = {  # of pendulum ours; of D4RL, also for our hopper/medium-v0 etc., J-MOReL's (on its beta: README.md)
     "pendulum/random-v0": dict(
         num_updates=100, eval_interval=10, score_evals=3, checkpoint_interval=20, compile=False,
         num_trajectories=100, step_size=0.05,
@@ -280,7 +280,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-#     g = grad mean [ A pi(a|s) / pi_old(a|s) ],   (F + damping) d = g,   theta <- theta + sqrt( delta / g^T d ) d
+#     g = grad mean [ A pi(a|s) / pi_old(a|s) ],   (F + damping) x = g,   theta <- theta + sqrt( delta / g^T x ) x
 def natural_step(actor: Actor, obs: Tensor, action: Tensor, advantage: Tensor, args: Args) -> dict[str, Tensor]:
     """obs: (rows, obs_dim), action: (rows, action_dim), advantage: (rows,)."""
     params = list(actor.parameters())

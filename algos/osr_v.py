@@ -71,7 +71,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     inverse_lr: float = 1e-4  # of its fit [OSR code]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
@@ -237,7 +237,7 @@ def recovery_action(inverse: InverseModel, obs: Tensor, next_obs: Tensor, noise:
     return torch.tanh(mean + log_std.exp() * action_noise)  # [single]
 
 
-#     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s), K of pi(.|s'), all of them actions at s
+#     a_1 .. a_3K ~ q:  K uniform, K of pi(.|s^), K of pi(.|s'), all of them actions at s^
 @torch.no_grad()
 def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """noise (3, K, batch, action_dim): uniform in [-1, 1], normal, normal. Returns the a_k and log q (3, K, batch)."""
@@ -246,7 +246,7 @@ def proposals(actor: Actor, obs: Tensor, next_obs: Tensor, noise: Tensor) -> tup
     return torch.stack([noise[0], action, next_action]), torch.stack([log_uniform, log_prob, next_log_prob])
 
 
-#     R = sum_j { mean_s log sum_k exp[ Q_j(s,a_k) - log q(a_k) ]  -  mean_D Q_j(s,a) }      [lse]
+#     R = sum_j mean { log sum_k exp[ Q_j(s^,a_k) - log q(a_k) ]  -  Q_j(s^,a_I) }      [lse]
 def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse: str) -> Tensor:
     """q_samples: (2, 3, K, rows), log_density: (3, K, rows), q_data: (2, num_logged). Returns a scalar."""
     assert q_samples.shape[1:] == log_density.shape
@@ -257,7 +257,7 @@ def conservative_gap(q_samples: Tensor, log_density: Tensor, q_data: Tensor, lse
 # --- Losses: SAC ---
 #     y   = r + gamma (1 - d) [ min_j Q'_j(s',a') - alpha log pi(a'|s') ],   a' ~ pi(.|s')
 #     L_Q = sum_j mean (Q_j(s,a) - y)^2
-#           + w R,   R at s^ with a_I in place of the logged action [replaced], and without alpha's term in y [backup]
+#           + w R [replaced],   and without alpha's term in y [backup]
 def critic_loss(agent: Agent, inverse: InverseModel, batch: list, noise: dict[str, Tensor], alpha: Tensor, args: Args):
     obs, action, reward, next_obs, terminal = batch
     with torch.no_grad():

@@ -66,7 +66,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     behaviour_lr: float = 3e-4  # of pi_b's fit
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3, behaviour_updates=5_000,

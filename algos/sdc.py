@@ -12,7 +12,7 @@ Gradient stops at: the proposals, the target in critic_loss, U and s^ in constra
                    moves the actor alone; constraint's gradient passes through the ensemble on its way there.
 Normalised:        the inputs and targets of ensemble and U, both sides of the MMD; actions to [-1, 1]; observations
                    and rewards are not.
-Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); one of them simulates a row.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); one simulates each pair of the MMD.
 No code was released; settings without a source are choices. [latent] U is a variational model of the change s' - s;
 with BEAR's weight of the latent variable's KL, 0.5, it goes unused on some data and U knows the mean alone. [scaled]
 beta and the kernel are in standard deviations of the observations, for all sets. [width] The kernel is as wide as the
@@ -85,7 +85,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     transition_lr: float = 1e-3  # of its fit [BEAR code]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; D4RL v2, and our sets so named, have the defaults
+TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,

@@ -9,16 +9,16 @@ whose actions may have any distribution, must deceive D and maximise Q:
 
 --gan wasserstein puts a critic with gradient penalty in D's place.
 Rollouts end:      after h steps, or where terminal_fn says so; the pairs that D sees after one step.
-Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar in actor_loss, the whole rollout.
+Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar in actor_loss, the fakes in
+                   discriminator_loss, the whole rollout; actor_loss moves the actor alone.
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
-Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
-                   a row.
+Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one simulates a row.
 As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, about 8 there, gives
 itself away. Departures: [shared] In a model rollout every state gets an action of its own; that code, by a slip, gives
 a chunk of states the first one's. [heads] Ensemble and terminations are those of the other scripts, one fit for all,
 not one network for both. [candidates] Evaluation acts with noise 0, the policy alone; that code takes Q's best of ten.
 [weight] Pairs at a terminal row or an end weigh 0, and as many logged ones, so that shapes stay fixed; that code drops
-them. [warm] The first rollout comes after the warm start: at that code's sizes earlier rows leave the buffer unused.
+them. [warm] The first rollout comes after the warm start: rows of earlier ones are never used in that code either.
 Run: python algos/sdm_gan.py
      python algos/sdm_gan.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -85,7 +85,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     num_candidates: int = 1  # at evaluation, Q_1's best is taken [SDM-GAN code: 10]; 1: noise 0 [candidates]
 
 
-TUNED = {  # of the embedded default ours, of other data the bench's; of D4RL v2, and our sets so named, the code's v0
+TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., the code's v0
     "pendulum/random-v0": dict(
         num_updates=5_000, eval_interval=500, score_evals=3, checkpoint_interval=2_500, compile=False, batch_size=128,
         hidden_sizes=(64, 64), actor_lr=1e-3, critic_lr=1e-3, rollout_batch_size=1_000, num_bootstrap=2,
@@ -323,8 +323,8 @@ def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], loss_g: Tens
     return loss, {"generator_loss": loss_g.detach(), "q_average": q_average, "q_size": q_size}
 
 
-#     js:            L_D = 1/2 mean_T [ - y log D - (1 - y) log(1 - D) ] + 1/2 mean_F [ - log(1 - D) ],   y ~ U[0.8, 1)
-#     wasserstein:   L_D = - mean_T D + mean_F D + 10 mean ( |grad D(z)| - 1 )^2,   z = u t + (1 - u) f,   u ~ U[0, 1)
+#     js:  L_D = 1/2 mean_T [ - label log D - (1 - label) log(1 - D) ] - 1/2 mean_F log(1 - D),   label ~ U[0.8, 1)
+#     wasserstein:  L_D = - mean_T D + mean_F D + 10 mean ( |grad D(z)| - 1 )^2,   z = u t + (1 - u) f,   u ~ U[0, 1)
 def discriminator_loss(agent: Agent, real: Tensor, fake: Tensor, weight: Tensor, noise: dict, args: Args):
     """real, fake: the pairs of T and F, (rows, obs_dim + action_dim), without gradient; weight: (rows,)."""
     real_out, fake_out, uniform = agent.discriminator(real), agent.discriminator(fake), noise["uniform"]  # (rows,)

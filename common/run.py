@@ -97,7 +97,7 @@ def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
         row = next((row for row in rows if row in tuned), "")
         base = tuned.get(row, {})
         if row == "other":
-            print("preset      small, for a log of thousands of rows; the paper's sizes: --preset paper")
+            print("preset      small, for a log of thousands of rows; the published sizes: --preset paper")
     args = tyro.cli(Args, default=replace(Args(), **base))
     args.trust = given.trust  # never a folder's word
     for name in PATHS:
