@@ -9,13 +9,13 @@ can be lived with and what 50,000 rows tell. The largest u of the log would be t
 """
 
 import math
-from dataclasses import asdict, replace
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from algos import mopo
+from benchmarks.grid import read_settings
 from benchmarks.model_measures import rows_held_out
 from common.dataset import OfflineDataset
 from common.dynamics import Dynamics, load_or_fit
@@ -39,7 +39,7 @@ class Alarm(nn.Module):
 
 def ensemble_of(settings: dict, data: OfflineDataset) -> Dynamics:
     """That of the run with these settings; where it has none, what mopo.py fits to these data."""
-    s = asdict(replace(mopo.Args(), **mopo.TUNED.get(settings["dataset"], {}))) | settings
+    s = read_settings(mopo, ["--dataset", settings["dataset"]]) | settings
     sizes = {"num_members": s["num_members"], "num_elites": s["num_elites"], "hidden_size": s["dynamics_hidden_size"]}
     fit = {"max_epochs": s["dynamics_max_epochs"], "path": s["dynamics"]}
     fit["compile"] = lambda function: compiled(function, data.obs.device) if s["compile"] else function
