@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 INK, FIRST, SECOND = "#0a0a01", "#0a0a02", "#0a0a03"  # stand for the page's colours, which know light and dark
 COLOURS = {INK: "currentColor", FIRST: "var(--b)", SECOND: "var(--a)"}
 STYLE = {
-    "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.fonttype": "path", "text.parse_math": True, "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }  # fmt: skip
 

@@ -3,11 +3,13 @@
 import re
 
 import gymnasium as gym
+import matplotlib
 import numpy as np
 import pytest
 
 from benchmarks import doctor
 from benchmarks.doctor import FINE, LOOK, SERIOUS, UNKNOWN
+from benchmarks.doctor_page import figure
 from tests.test_compare import browser  # noqa: F401
 
 NAMES = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
@@ -296,6 +298,15 @@ def test_the_page_needs_no_network_and_has_every_finding(report, capsys):
     ids = re.findall(r' id="([^"]+)"', text)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
     assert used and [ids.count(name) for name in used] == [1] * len(used), "plots show each other's marks"
+
+
+def test_plots_do_not_depend_on_what_another_tool_asked_of_matplotlib():
+    def draw(fig, ax):
+        ax.set(yscale="log", ylim=(1, 1e4))
+
+    plain = figure("rows", draw)
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 20, "svg.fonttype": "none"}):
+        assert figure("rows", draw) == plain
 
 
 @pytest.mark.slow
