@@ -10,7 +10,7 @@ actions in its place: behaviour cloning, without pi_b. osr.py and sdc.py constra
 actions lead.
 Rollouts end:      there are none.
 Gradient stops at: pi_b, mean |Q|, the target in critic_loss; actor_loss moves the actor alone.
-Normalised:        actions to [-1, 1]; observations and rewards are not.
+Normalised:        actions to [-1, 1]; Q in actor_loss, by its mean size; observations and rewards are not.
 Elites:            there is no ensemble.
 Departures: [scale] SAC's part of the loss is divided by mean |Q|, as in td3_bc.py, so that one weight fits rewards of
 any scale. The divergence is [mean] a mean over the action's dimensions, as in OSR's code, to compare the two, and

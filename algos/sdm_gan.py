@@ -11,7 +11,7 @@ whose actions may have any distribution, must deceive D and maximise Q:
 Rollouts end:      after h steps, or where terminal_fn says so; the pairs that D sees after one step.
 Gradient stops at: the target in critic_loss, the model's step in policy_pairs, Qbar in actor_loss, the fakes in
                    discriminator_loss, the whole rollout; actor_loss moves the actor alone.
-Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
+Normalised:        the ensemble's inputs and targets; Q by Qbar; actions to [-1, 1]; observations and rewards are not.
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one simulates a row.
 As in the released code, [raw] D sees actions before their tanh, so that one logged at a bound, about 8 there, gives
 itself away. Departures: [shared] In a model rollout every state gets an action of its own; that code, by a slip, gives

@@ -8,7 +8,8 @@ never logged; one more term in its loss keeps its actions near the logged ones (
 Dividing by the size of Q makes one alpha fit rewards of any scale. bc.py is the second term alone.
 Rollouts end:      there are none.
 Gradient stops at: the target in critic_loss, lambda; actor_loss moves the actor alone.
-Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1]; rewards are not.
+Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1]; Q
+                   in actor_loss, by its mean size; rewards are not.
 Elites:            there is no ensemble.
 Departures: [mean] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the code that alpha is from.
 Run: python algos/td3_bc.py
