@@ -243,6 +243,8 @@ def settings_of(script, args: Args) -> dict:
 def case_of(args: Args) -> tuple[Case, list[Finding]]:
     if args.horizon < 2:
         raise InputError(f"--horizon must be 2 or more, not {args.horizon}")
+    if args.out and args.out.suffix == ".json":
+        raise InputError(f"--out {args.out} is where the numbers would go: name the page, such as {args.out.stem}.html")
     settings, halts = settings_of(mopo, args), settings_of(morel, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_dataset(settings["dataset"], device, args.env_id or None, args.standardise_obs, args.trust)

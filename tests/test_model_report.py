@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,7 +297,8 @@ def test_the_page_needs_no_network_and_the_json_is_whole(written):
 
 
 def test_bad_input_is_refused_in_a_sentence(report):
-    for args, words in (({"horizon": 1}, "--horizon must be"), ({"penalty_coef": -1.0}, "--penalty-coef must be")):
+    wrong = {"horizon": 1}, {"penalty_coef": -1.0}, {"out": Path("x.json")}
+    for args, words in zip(wrong, ("--horizon must be", "--penalty-coef must be", "name the page")):
         with pytest.raises(InputError, match=words):
             report("good", **args)
     with pytest.raises(InputError, match="There is no file"):
