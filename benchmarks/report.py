@@ -700,7 +700,9 @@ def report(cells: list[Cell], columns: dict[tuple, list[Cell]], rank: dict, figu
     parts += [OF_A_SET]
     if text := displacement_table(cells):
         parts += ["## Displaced", DISPLACEMENT, text]
-    return "\n\n".join([*parts, "## How the runs were made", origin_table(cells)]) + "\n"
+    minutes = np.concatenate([cell.facts["minutes"] for cell in cells])
+    spent = f"{len(minutes)} runs took {minutes.sum() / 60:.1f} hours, the median run {np.median(minutes):.1f} minutes."
+    return "\n\n".join([*parts, "## How the runs were made", spent, origin_table(cells)]) + "\n"
 
 
 def report_csv(cells: list[Cell]) -> str:

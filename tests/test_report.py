@@ -70,6 +70,7 @@ def test_scores_are_means_of_the_last_evaluations_and_best_stands_beside_them(tm
     )
     assert "| method | a/v0, 40 updates, 2 seeds |\n| --- | --- |\n| mopo | 15.0 ± 7.1 |\n" in text
     assert "The data's own episodes: 0.5 (return 1.0)." in text
+    assert "2 runs took 0.1 hours, the median run 4.0 minutes." in text
     assert (tmp_path / "out" / "curves-a-v0.png").stat().st_size and (tmp_path / "out" / "scores.png").stat().st_size
 
 
