@@ -200,7 +200,8 @@ def member_backups(agent: Agent, dynamics: Dynamics, obs: Tensor, action: Tensor
     noise: standard normal (K, num_elites, rows, obs_dim + 1 + action_dim).
     """
     model_noise, action_noise = noise.split([obs.shape[1] + 1, action.shape[1]], dim=-1)
-    next_obs, _ = dynamics.sample_elites(obs, action, model_noise)  # (K, num_elites, rows, obs_dim)
+    mean, std = dynamics(torch.cat([obs, action], dim=-1).expand(len(dynamics.elites), -1, -1), dynamics.elites)
+    next_obs = obs + (mean + std * model_noise)[..., :-1]  # (K, num_elites, rows, obs_dim)
     next_obs, action_noise = next_obs.flatten(0, 2), action_noise.flatten(0, 2)
     next_q = agent.target_critic(next_obs, agent.actor(next_obs, action_noise)[0]).amin(dim=0)
     return next_q.view(noise.shape[:3]).mean(dim=0)

@@ -31,7 +31,7 @@ from benchmarks.export_alarm import Alarm, fitted  # noqa: E402
 from benchmarks.export_forms import CRITICS, Policy, alarm_arrays, alarm_onnx, policy_arrays, policy_onnx  # noqa: E402
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import check_trust  # noqa: E402
-from common import InputError, WriteError  # noqa: E402
+from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
@@ -175,7 +175,7 @@ def main(args: Args) -> None:
             write_text(folder / "export.json", json.dumps(found, indent=1))
             folder.rename(out)
     except OSError as error:
-        raise WriteError(f"cannot write to {out} ({error.strerror}): choose another folder by --out") from None
+        raise InputError(f"cannot write to {out} ({error.strerror}): choose another folder by --out") from None
     for name, size in found["bytes"].items():
         check = "".join(f", {key} {value:.1g}" for key, value in found.get(name, {}).items())
         print(f"{name:<11} {size:,} bytes{check}")

@@ -28,7 +28,7 @@ from gymnasium.spaces.utils import flatten_space
 from minari.storage import get_dataset_path
 from torch import Tensor
 
-from common import InputError, WriteError, add_working_directory, explained, writing
+from common import InputError, add_working_directory, explained, writing
 from common.checks import NoEpisodes, examine
 from common.download import D4RL, D4RL_ENVS, d4rl_file
 from common.units import Rows, check_finite, rescale
@@ -290,7 +290,7 @@ def _cached(version: str, read: Callable[[], Rows]) -> Rows:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         with writing(cache_file) as part, part.open("wb") as file:
             np.savez(file, **arrays)
-    except (OSError, WriteError) as error:
+    except (OSError, InputError) as error:
         print(f"note: the dataset is not cached ({error})", file=sys.stderr)
     return arrays
 

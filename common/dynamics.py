@@ -5,7 +5,7 @@ standardised inside, so that units do not matter; what goes in and comes out is 
 computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
 
     load_or_fit         a cache, so that twenty runs on one dataset fit the ensemble once
-    Dynamics.predict    every member at every row, differentiable in obs and action; .sample_elites: K samples of each
+    Dynamics.predict    every member at every row, differentiable in obs and action
     Dynamics.step       one sampled transition per row, by one elite per row, with or without what all members say
 """
 
@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -98,16 +99,6 @@ class Dynamics(nn.Module):
         mean, std = self(torch.cat([obs, action], dim=-1).expand(self.num_members, -1, -1))
         return obs + mean[..., :-1], mean[..., -1], std
 
-    def sample_elites(self, obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """K transitions of every elite at every row.
-
-        noise: standard normal (K, num_elites, batch, obs_dim + 1). Returns next_obs (K, num_elites, batch, obs_dim) and
-        reward (K, num_elites, batch).
-        """
-        mean, std = self(torch.cat([obs, action], dim=-1).expand(len(self.elites), -1, -1), self.elites)
-        sample = mean + std * noise
-        return obs + sample[..., :-1], sample[..., -1]
-
     def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor, all_members: bool = False):
         """One sampled transition per row, each row by one elite: the rows are dealt out in equal shares.
 
@@ -145,14 +136,14 @@ class Dynamics(nn.Module):
 
     def fit(
         self, x: Tensor, y: Tensor, seed: int, max_epochs: int | None = None, patience: int = 5, batch_size: int = 256,
-        lr: float = 1e-3, compile: Callable = lambda function: function, partial: Path | None = None,
+        lr: float = 1e-3, compile: Callable = lambda function: function,
     ) -> int:  # fmt: skip
         """Maximum likelihood on x (N, obs_dim + action_dim), y (N, obs_dim + 1) = (next_obs - obs, reward).
 
         A member's weights are kept whenever its holdout error falls by more than 1 %; the fit stops when no member has
-        improved for more than `patience` epochs [MOPO code], or after `max_epochs`. With `partial`, a path, the state
-        is saved there about once a minute, and a killed fit goes on from it. `compile` wraps the function that computes
-        the gradients. Returns the number of epochs. Raises InputError when data are too few or the fit diverges.
+        improved for more than `patience` epochs [MOPO code], or after `max_epochs`. `compile` wraps the function that
+        computes the gradients. Returns the number of epochs. Raises InputError when data are too few or the fit
+        diverges.
         """
         if len(x) < 10:
             raise InputError(f"a dynamics model needs 10 transitions with a known successor or more, not {len(x)}")
@@ -161,35 +152,26 @@ class Dynamics(nn.Module):
         order = torch.randperm(len(x), generator=generator, device=x.device)
         num_holdout = min(len(x) // 5, 1000)
         holdout, train = order[:num_holdout], order[num_holdout:]
-        self._standardise(x, self.input_mean, self.input_std, train)
-        self._standardise(y, self.target_mean, self.target_std, train)
+        for values, mean, std in ((x, self.input_mean, self.input_std), (y, self.target_mean, self.target_std)):
+            for i in range(len(mean)):  # in float64, a column at a time: exact and small for a million rows
+                column = values[:, i][train].double()
+                mean[i], std[i] = column.mean(), column.std()
+            std[std <= 1e-6 * mean.abs() + 1e-12] = 0.0
         self.input_std[self.input_std == 0] = 1.0
         y = (y - self.target_mean) / torch.where(self.target_std == 0, 1.0, self.target_std)
         # sampled once with replacement: members disagree where the data do not pin them down
         shape = (self.num_members, len(train))
         bootstrap = train[torch.randint(len(train), shape, generator=generator, device=x.device)]
 
-        params = list(self.parameters())
+        params, now = list(self.parameters()), self.layers.state_dict()  # which are the same tensors
+        best = deepcopy(now)
         opt = torch.optim.Adam(params, lr, fused=True)
         grads = lambda bx, by: torch.autograd.grad(self.loss(bx, by), params)  # noqa: E731
         if max_epochs is None or max_epochs * len(train) > SHORT_FIT:
             grads = compile(grads)
-        member_params = [p for layer in self.layers for p in layer.parameters()]
-        best = [p.detach().clone() for p in member_params]
-        epoch = stale = 0
-        if partial and partial.exists():
-            state = torch.load(partial, map_location=x.device, weights_only=True)
-            self.load_state_dict(state["model"])
-            opt.load_state_dict(state["opt"])
-            generator.set_state(state["generator"].cpu())
-            best, epoch, stale = state["best"], state["epoch"], state["stale"]
-        batch_size = min(batch_size, len(train))
-        bar = progress_bar("dynamics", len(train) // batch_size, "minibatch")
-        saved = time.monotonic()
-        while stale <= patience and (max_epochs is None or epoch < max_epochs):
-            epoch += 1
-            bar.n = bar.last_print_n = 0  # reset() would print a line
-            bar.set_description(f"dynamics, epoch {epoch}{f' of {max_epochs}' if max_epochs else ''}", refresh=False)
+        batch_size, epoch, stale = min(batch_size, len(train)), 0, 0
+        bar = progress_bar("dynamics", max_epochs, "epoch")
+        while stale <= patience and epoch != max_epochs:
             shuffle = [torch.randperm(len(train), generator=generator, device=x.device) for _ in bootstrap]
             indices = bootstrap.gather(1, torch.stack(shuffle))
             for block in indices[:, : len(train) // batch_size * batch_size].split(64 * batch_size, dim=1):
@@ -201,43 +183,26 @@ class Dynamics(nn.Module):
                     for p, grad in zip(params, grads(*minibatch), strict=True):
                         p.grad = grad
                     opt.step()
-                bar.update(len(bx))
             mse = self.mse(x[holdout], y[holdout])
-            better = mse.mean(dim=1) < 0.99 * self.holdout_mse.mean(dim=1)
-            self.holdout_mse[better] = mse[better]
-            for kept, p in zip(best, member_params, strict=True):
-                kept[better] = p.detach()[better]
-            stale = 0 if better.any() else stale + 1
             if not mse.isfinite().all():
                 raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")
+            better = mse.mean(dim=1) < 0.99 * self.holdout_mse.mean(dim=1)
+            self.holdout_mse[better] = mse[better]
+            for name, value in best.items():
+                value[better] = now[name][better]
+            epoch, stale = epoch + 1, 0 if better.any() else stale + 1
             bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.mean(dim=1).tolist()), False)
-            if partial and time.monotonic() - saved > 60:
-                state = {"model": self.state_dict(), "opt": opt.state_dict(), "generator": generator.get_state()}
-                save(partial, state | {"best": best, "epoch": epoch, "stale": stale})
-                saved = time.monotonic()
+            bar.update()
         bar.close()
-        with torch.no_grad():
-            for kept, p in zip(best, member_params, strict=True):
-                p.copy_(kept)
+        self.layers.load_state_dict(best)
         self.elites.copy_(self.holdout_mse.mean(dim=1).argsort()[: len(self.elites)])
         return epoch
 
-    @staticmethod
-    def _standardise(x: Tensor, mean: Tensor, std: Tensor, train: Tensor) -> None:
-        for column in range(x.shape[1]):  # in float64, a column at a time: exact and small for a million rows
-            values = x[:, column][train].double()
-            mean[column], deviation = values.mean(), values.std()
-            constant = deviation <= 1e-6 * mean[column].abs() + 1e-12
-            std[column] = torch.where(constant, 0.0, deviation)
-
 
 def save(path: Path, state: dict) -> None:
-    """torch.save, whole or not at all. Raises WriteError."""
+    """torch.save, whole or not at all. Raises InputError."""
     with writing(path) as part:
-        try:
-            torch.save(state, part)
-        except RuntimeError as error:  # torch's word for a disk that is full
-            raise OSError(str(error).splitlines()[0]) from None
+        torch.save(state, part)
 
 
 def cache_file(kind: str, device: torch.device, key: list) -> Path:
@@ -247,28 +212,33 @@ def cache_file(kind: str, device: torch.device, key: list) -> Path:
 
 
 @contextmanager
-def kept(file: Path, what: str, device: torch.device, make: Callable[[], None]) -> Iterator[tuple[dict, str]]:
-    """The state in `file`, which make() writes unless it is there or another process makes it, and what happened.
+def kept(
+    file: Path, what: str, device: torch.device, seed: int, make: Callable[[], dict]
+) -> Iterator[tuple[dict, str]]:
+    """The state in `file`, where make()'s is put unless it is there or another process makes it, and what happened.
 
-    Raises InputError when the file is no such thing, also when that shows only inside.
+    Random numbers depend on the seed alone inside, and nobody else's on them. Raises InputError when the file is no
+    such thing, also when that shows only inside.
     """
     verb, lock = "reused", FileLock(file.with_suffix(".lock"))
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire(blocking=False)
-        except Timeout:
-            print(f"waiting     for another process, which fits this {what}")
-            held = lock.acquire()
-        except OSError as error:
-            raise InputError(f"cannot write to {file.parent} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
-        with held:
-            if not file.is_file():
-                start = time.monotonic()
-                make()
-                verb = f"fitted in {time.monotonic() - start:.0f} s"
-    with explained(f"{file} is no {what}", "delete it or name another"):
-        yield torch.load(file, map_location=device, weights_only=True), verb
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if not file.is_file():
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                held = lock.acquire(blocking=False)
+            except Timeout:
+                print(f"waiting     for another process, which fits this {what}")
+                held = lock.acquire()
+            except OSError as error:
+                raise InputError(f"cannot write to {file.parent} ({error.strerror}): set OFFLINE_MBRL_CACHE") from None
+            with held:
+                if not file.is_file():
+                    start = time.monotonic()
+                    save(file, make())
+                    verb = f"fitted in {time.monotonic() - start:.0f} s"
+        with explained(f"{file} is no {what}", "delete it or name another"):
+            yield torch.load(file, map_location=device, weights_only=True), verb
 
 
 def load_or_fit(
@@ -281,7 +251,7 @@ def load_or_fit(
     on the data's device, without gradients to its weights. Raises InputError when the file is no ensemble or does not
     fit the data.
     """
-    device, obs_dim, action_dim = data.obs.device, data.obs.shape[1], data.action.shape[1]
+    device, dims, known = data.obs.device, [data.obs.shape[1], data.action.shape[1]], data.successor_known
     sizes = {"num_members": num_members, "num_elites": num_elites, "hidden_size": hidden_size}
     if num_elites > num_members:
         raise InputError(f"--num-elites {num_elites} is more than --num-members {num_members}")
@@ -289,34 +259,26 @@ def load_or_fit(
     file = Path(path) if path else cache_file("dynamics", device, key)
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
-    fit = lambda: _fit_to_file(data, seed, sizes, max_epochs, file, compile)  # noqa: E731
-    with kept(file, "ensemble", device, fit) as (state, verb):
-        dims, found, epochs = state["dims"], state["sizes"], state["epochs"]
-        with torch.random.fork_rng():  # its first weights are drawn in vain: a run draws the same with or without a fit
-            dynamics = Dynamics(*dims, **found).to(device)
+
+    def fit() -> dict:
+        dynamics = Dynamics(*dims, **sizes).to(device)
+        x = torch.cat([data.obs, data.action], dim=-1)[known]
+        y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
+        epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile)
+        return {"model": dynamics.state_dict(), "dims": dims, "sizes": sizes, "epochs": epochs}
+
+    with kept(file, "ensemble", device, seed, fit) as (state, verb):
+        found, has, epochs = state["dims"], state["sizes"], state["epochs"]
+        dynamics = Dynamics(*found, **has).to(device)
         dynamics.load_state_dict(state["model"])
-    if dims != [obs_dim, action_dim]:
-        raise InputError(f"{file} is for obs, action of {dims} numbers, the data have {[obs_dim, action_dim]}")
-    if path and found != sizes:
-        print(f"dynamics    the file has {found}, which count, not {sizes}")
+    if found != dims:
+        raise InputError(f"{file} is for obs, action of {found} numbers, the data have {dims}")
+    if path and has != sizes:
+        print(f"dynamics    the file has {has}, which count, not {sizes}")
     mse = ", ".join(f"{v:.3g}" for v in dynamics.holdout_mse.mean(dim=1).tolist())
     elites = ", ".join(map(str, sorted(dynamics.elites.tolist())))
     print(f"dynamics    {verb}, {epochs} epochs, holdout mse / variance {mse}, elites {elites}, {file}")
     error = dynamics.holdout_mse[dynamics.elites].mean(dim=0).tolist()
-    if bad := [f"{f'obs[{i}]' if i < obs_dim else 'reward'} {v:.2g}" for i, v in enumerate(error) if v > 0.5]:
+    if bad := [f"{f'obs[{i}]' if i < dims[0] else 'reward'} {v:.2g}" for i, v in enumerate(error) if v > 0.5]:
         print(f"dynamics    predicts badly, against 1 for predicting the mean change: {', '.join(bad)}")
     return dynamics.requires_grad_(False)
-
-
-def _fit_to_file(data, seed: int, sizes: dict[str, int], max_epochs: int | None, file: Path, compile) -> None:
-    device, dims = data.obs.device, [data.obs.shape[1], data.action.shape[1]]
-    with torch.random.fork_rng():  # the weights depend on the seed alone, and nobody else's numbers depend on them
-        torch.manual_seed(seed)
-        dynamics = Dynamics(*dims, **sizes).to(device)
-    known = data.successor_known
-    x = torch.cat([data.obs, data.action], dim=-1)[known]
-    y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
-    partial = file.with_suffix(f".{device.type}.partial")  # a generator's state is that of its kind of device
-    epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
-    save(file, {"model": dynamics.state_dict(), "dims": dims, "sizes": sizes, "epochs": epochs})
-    partial.unlink(missing_ok=True)

@@ -46,14 +46,10 @@ def load_policy(folder: Path | str, Actor: type[nn.Module] | None = None) -> Cal
     return policy
 
 
-class EnvironmentFails(InputError):
-    """It cannot be made, or its reset or step raises or is not of gymnasium's interface."""
-
-
 def call(env: gym.Env, method: str, *given, **named) -> tuple:
-    """env.reset or env.step."""
+    """env.reset or env.step. Raises InputError where it raises or is not of gymnasium's interface."""
     right = "gymnasium's interface is reset -> (obs, info), step -> (obs, reward, terminated, truncated, info)"
-    with explained(f"{env.spec.id} fails in {method}", right, EnvironmentFails):
+    with explained(f"{env.spec.id} fails in {method}", right):
         result = getattr(env, method)(*given, **named)
         if type(result) is not tuple or len(result) != (2 if method == "reset" else 5):
             raise ValueError("it returns something else")
@@ -71,11 +67,11 @@ def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:
     envs, hint = [], "install its package, or give --env-id"
     try:
         while len(envs) < num_envs:
-            with explained(f"cannot make {data.env_spec.id}", hint, EnvironmentFails):
+            with explained(f"cannot make {data.env_spec.id}", hint):
                 env = gym.make(data.env_spec)
             call(env, "reset", seed=0)
             envs.append(env)
-    except EnvironmentFails as error:
+    except InputError as error:
         if not envs:
             raise
         print(f"evaluation  only {len(envs)} of {data.env_spec.id} at a time ({error.__cause__})")

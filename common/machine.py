@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-def progress_bar(name: str, total: int, unit: str, **settings) -> tqdm:
+def progress_bar(name: str, total: int | None, unit: str, **settings) -> tqdm:
     """Drawn all the time on a screen, but twice a minute in a log file."""
     interval = 0.1 if sys.stderr.isatty() else 30
     return tqdm(desc=name, total=total, unit=unit, mininterval=interval, leave=False, **settings)
@@ -40,22 +40,18 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had."""
-    dynamo = torch._dynamo
-    if not hasattr(dynamo.config, "trace_autograd_ops"):
-        print(f"compile     needs torch 2.13, this is {torch.__version__}: going on eagerly and slower")
-        return function
-    dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.trace_autograd_ops = True
     # the compiler counts graphs by this object and refuses the ninth, that of the ninth run in a notebook
     function.__code__ = function.__code__.replace()
     # on a GPU a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites
-    mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    graph = torch.compile(function, fullgraph=True, mode=mode)
 
     def call(*inputs: Tensor):
         nonlocal graph
         try:
-            graph = graph or torch.compile(function, fullgraph=True, mode=mode)
             return graph(*inputs)
-        except (dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update is done twice
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update twice
             print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
             graph = function
             return function(*inputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common import InputError
 from common.dataset import OfflineDataset
-from common.dynamics import cache_file, kept, save
+from common.dynamics import cache_file, kept
 from common.machine import progress_bar
 
 FILE_VERSION = 1  # raise it when a change makes older cached networks wrong
@@ -33,11 +33,9 @@ def load_or_train(
     if len(rows) < 20:
         raise InputError(f"the {name} needs 20 transitions or more, not {len(rows)}")
     file = cache_file("pretrained", rows.device, [FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
-    with torch.random.fork_rng():  # its weights depend on the seed alone, and nobody else's numbers depend on them
-        torch.manual_seed(seed)
+    train = lambda: _train(name, make(), loss, rows, noise_dim, seed, num_updates, lr, compile)  # noqa: E731
+    with kept(file, name, rows.device, seed, train) as (state, verb):
         net = make().to(rows.device)
-    train = lambda: save(file, _train(name, net, loss, rows, noise_dim, seed, num_updates, lr, compile))  # noqa: E731
-    with kept(file, name, rows.device, train) as (state, verb):
         net.load_state_dict(state["net"])
     print(f"pretrained  {name}, {verb}, {num_updates:,} updates, holdout loss {state['holdout']:.3g}, {file}")
     return net.requires_grad_(False)
@@ -45,7 +43,7 @@ def load_or_train(
 
 def _train(name, net, loss, rows, noise_dim, seed: int, num_updates: int, lr: float, compile) -> dict:
     """The best weights and their holdout loss."""
-    device, generator = rows.device, torch.Generator(rows.device).manual_seed(seed)
+    net, device, generator = net.to(rows.device), rows.device, torch.Generator(rows.device).manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator, device=device)
     num_holdout = min(len(rows) // 20, 1000)
     holdout, train = rows[order[:num_holdout]], order[num_holdout:]

@@ -37,11 +37,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import InputError, WriteError, explained, write_text
+from common import InputError, explained, write_text
 from common.dataset import OfflineDataset
 from common.download import D4RL
 from common.dynamics import save
-from common.evaluation import EnvironmentFails, evaluate, make_envs
+from common.evaluation import evaluate, make_envs
 from common.machine import compiled, keep_freed_memory, progress_bar, set_matmul_precision
 from common.terminations import rule_warning
 from common.units import unit_warnings
@@ -301,7 +301,7 @@ class Run:
             if self.envs:
                 seed = [self.args.seed, self.progress["update"]]
                 return evaluate(policy, self.envs, self.data, seed, self.args.eval_episodes)
-        except EnvironmentFails as error:
+        except InputError as error:
             tqdm.write(f"warning     update {self.progress['update']:,} is not evaluated: {error}")
             self.envs = None  # made anew for the next evaluation
         return np.array([math.nan])
@@ -363,8 +363,8 @@ class Run:
         """write(*what), and in the sentence of a failure how the run can go on."""
         try:
             write(*what)
-        except (OSError, WriteError) as error:
-            reason = error if isinstance(error, WriteError) else f"cannot write to {self.folder} ({error.strerror})"
+        except (OSError, InputError) as error:
+            reason = error if isinstance(error, InputError) else f"cannot write to {self.folder} ({error.strerror})"
             raise InputError(f"{reason}; {self._last_checkpoint()}") from None
 
     def _last_checkpoint(self) -> str:

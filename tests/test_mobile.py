@@ -22,6 +22,7 @@ from test_combo import (
     snapshot,
 )
 from torch import nn
+from torch.nn.functional import pad
 
 import algos.mobile as mobile
 import algos.mopo as mopo
@@ -96,10 +97,9 @@ class Members:
     def __init__(self, c: torch.Tensor, v: torch.Tensor):
         self.elites, self.next_obs = torch.arange(len(c)), c[:, None] * v
 
-    def sample_elites(self, obs, action, noise):
-        num_samples, num_elites, rows = noise.shape[:3]
-        next_obs = self.next_obs[:, None].expand(num_samples, num_elites, rows, -1)
-        return next_obs, torch.zeros(noise.shape[:3], dtype=obs.dtype)
+    def __call__(self, x, members):
+        mean = pad(self.next_obs[:, None] - x[..., : self.next_obs.shape[1]], (0, 1))
+        return mean, torch.zeros_like(mean)
 
 
 class LinearCritic(nn.Module):

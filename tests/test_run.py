@@ -938,12 +938,6 @@ def test_one_function_compiled_for_many_runs_stays_one_graph_each(monkeypatch):
     assert len({id(code) for code in seen}) == 12  # the compiler counts by it and refuses the ninth
 
 
-def test_an_older_torch_gives_the_function_itself_after_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(torch._dynamo, "config", object())
-    assert machine.compiled(math.sqrt, CPU) is math.sqrt
-    assert capsys.readouterr().out.startswith("compile     needs torch 2.13")
-
-
 def test_an_error_of_the_function_itself_is_not_taken_for_a_missing_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 

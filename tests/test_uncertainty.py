@@ -88,9 +88,10 @@ class Members:
         std = self.deviations[:, None, None].expand(3, len(obs), 4) * torch.tensor([0.0, 0.0, 3.0, 4.0])
         return next_obs, torch.ones(3, len(obs)), std
 
-    def sample_elites(self, obs, action, noise):
-        next_obs, reward, _ = (x[self.elites] for x in self.predict(obs, action))
-        return next_obs.expand(len(noise), -1, -1, -1), reward.expand(len(noise), -1, -1)
+    def __call__(self, x, members):
+        next_obs, reward, _ = self.predict(x[0, :, :3], x[0, :, 3:])
+        mean = torch.cat([next_obs - x[0, :, :3], reward[..., None]], dim=-1)[members]
+        return mean, torch.zeros_like(mean)
 
 
 class Agent:

@@ -151,9 +151,10 @@ def errors(dynamics, agent, terminal_fn: Callable, obs: Tensor, action: Tensor, 
     next_mean, _, _ = dynamics.predict(obs, action)
     state = (next_mean[dynamics.elites].mean(dim=0) - true[0]).norm(dim=-1)
     shape = num_samples, len(dynamics.elites), len(obs)
-    next_obs, reward = dynamics.sample_elites(obs, action, torch.randn(*shape, obs.shape[1] + 1))
-    flat = [x.expand(*shape, -1).flatten(0, 2) for x in (obs, action, next_obs)]
-    simulated = backup(flat[2], reward.flatten(), terminal_fn(*flat).float()).view(shape).mean(dim=(0, 1))
+    mean, std = dynamics(torch.cat([obs, action], dim=-1).expand(*shape[1:], -1), dynamics.elites)
+    sample = mean + std * torch.randn(*shape, obs.shape[1] + 1)
+    flat = [x.expand(*shape, -1).flatten(0, 2) for x in (obs, action, obs + sample[..., :-1])]
+    simulated = backup(flat[2], sample[..., -1].flatten(), terminal_fn(*flat).float()).view(shape).mean(dim=(0, 1))
     return {"state": state, "value": (simulated - backup(*true)).abs()}
 
 
