@@ -5,15 +5,14 @@ names matched by substring, so that antmaze gets Ant's rule and InvertedPendulum
 Walker2d ended beyond +-100, which is a guard against diverging models and no rule of the environment.
 """
 
-import importlib
-import inspect
 import math
 import os
+import pkgutil
 import re
 from collections.abc import Callable
 
 import torch
-from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor, nn
 
 from common import InputError, add_working_directory, explained
@@ -23,8 +22,6 @@ TerminationFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # The learned rule: fewer rows of a class than MIN_ROWS cannot be fitted and checked, more than MAX_ROWS gain little.
 MIN_ROWS, MAX_ROWS, NUM_STEPS, BATCH_SIZE = 20, 60_000, 4_000, 256
-
-LOST = "(were the flags lost?)"
 
 
 # --- Known rules: next_obs (batch, obs_dim), in the environment's units -> bool (batch,) ---
@@ -49,7 +46,7 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "InvertedDoublePendulum": lambda o: ~(tip_height(o) > 1.0),
     **dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "HumanoidStandup"), never),
 }
-# Of the environments' arguments those on which the rules depend: these hold with the defaults alone.
+# Of the environments' arguments those on which the rules depend: these hold where they are not given.
 DECIDES = re.compile("healthy_[a-z]+_range|terminate_when_unhealthy|exclude_current_positions_from_observation")
 
 
@@ -61,12 +58,8 @@ def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None,
         return None, f"{spec.id} is not in the table"
     if (rule := RULES[name]) is never:
         return rule, f"{spec.id} is in the table"
-    made_by = spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
-    defaults = {key: parameter.default for key, parameter in inspect.signature(made_by).parameters.items()}
     for key, value in spec.kwargs.items():
-        value = tuple(value) if isinstance(value, list) else value  # a spec read from a file has lists for tuples
-        own_model = key == "xml_file" and (os.path.dirname(value) or value[0] == ".")  # a bare name is gymnasium's file
-        if own_model or (DECIDES.fullmatch(key) and value != defaults.get(key)):
+        if DECIDES.fullmatch(key) or (key == "xml_file" and os.path.dirname(value)):  # a bare name is gymnasium's file
             return None, f"{spec.id} was made with {key}={value}"
     for wrapper in spec.additional_wrappers:
         if "Observation" in wrapper.name:
@@ -84,11 +77,8 @@ def rule_warning(data: OfflineDataset) -> str:
     rows, by_rule, flags, differs = (int((x & known).sum()) for x in (known, ends, terminal, ends != terminal))
     if differs <= (0 if rule is never else rows / 1000):
         return ""
-    # no flag at all, but most of the time an episode stops where the rule ends it
-    lost = data.ordered and not terminal.any() and 2 * int((ends & data.episode_end).sum()) > by_rule
     counts = f"ends {by_rule:,} of {rows:,} rows, the data's flags {flags:,}, and {differs:,} rows differ"
-    ask = LOST if lost else "(time limits called terminals, or another environment?)"
-    return f"the rule of {data.env_spec.id} {counts} {ask}"
+    return f"the rule of {data.env_spec.id} {counts} (time limits called terminals, lost flags, another environment?)"
 
 
 # --- Learned rule ---
@@ -122,13 +112,8 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     fit = [part[0][:MAX_ROWS] for part in parts]
     choose, held_out = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # in their true shares
 
-    def inputs(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
-        return torch.cat((obs, action, next_obs) if sees_next_obs else (obs, action), dim=1)
-
-    def inputs_of(rows: Tensor) -> Tensor:
-        return inputs(data.obs[rows], data.action[rows], data.next_obs[rows])
-
-    x = inputs_of(torch.cat(fit))
+    columns = (data.obs, data.action, data.next_obs)[: 3 if sees_next_obs else 2]
+    x = torch.cat([column[torch.cat(fit)] for column in columns], dim=1)
     std, mean = torch.std_mean(x, dim=0)
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constant columns: do not blow up their rounding errors
     with torch.random.fork_rng(devices=[]):  # initial weights that leave the caller's random numbers alone
@@ -136,8 +121,11 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
         net = nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
     net = net.to(device)
 
-    def logit(x: Tensor) -> Tensor:
-        return net((x - mean) / std).squeeze(1)  # (batch,)
+    def logit(*given: Tensor) -> Tensor:
+        return net((torch.cat(given[: len(columns)], dim=1) - mean) / std).squeeze(1)  # (batch,)
+
+    def logit_at(rows: Tensor) -> Tensor:
+        return torch.cat([logit(*(column[chunk] for column in columns)) for chunk in rows.split(8192)])
 
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
@@ -154,27 +142,23 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     if not loss.isfinite():
         raise InputError("termination: the fit of the learned rule diverged: look for enormous observations or actions")
     net.requires_grad_(False)
-    chosen, held = (torch.cat([logit(inputs_of(chunk)) for chunk in rows.split(8192)]) for rows in (choose, held_out))
-    threshold = f1_threshold(chosen, terminal[choose])
-    called, true = held > threshold, terminal[held_out]
+    threshold = f1_threshold(logit_at(choose), terminal[choose])
+    called, true = logit_at(held_out) > threshold, terminal[held_out]
     hits = int((called & true).sum())
     precision, recall = hits / max(int(called.sum()), 1), hits / int(true.sum())
     how = "" if sees_next_obs else " by (obs, action) alone, as terminal rows lack successors"
     print(f"termination: learned from {counts}{how}, held-out precision {precision:.3f}, recall {recall:.3f}")
-    return torch.no_grad()(lambda obs, action, next_obs: ~(logit(inputs(obs, action, next_obs)) <= threshold))
+    return torch.no_grad()(lambda obs, action, next_obs: ~(logit(obs, action, next_obs) <= threshold))
 
 
 # --- The user's rule ---
 def imported_rule(target: str, data: OfflineDataset) -> TerminationFn:
     """target: 'module:function'. Raises InputError when it cannot be imported or does not return bool (batch,)."""
-    module_name, _, function_name = target.partition(":")
-    if not (module_name and function_name):
+    if not re.fullmatch(r"[\w.]+:[\w.]+", target):
         raise InputError(f"termination: {target!r} is none of auto, known, forced, learned, none and module:function")
     add_working_directory()
-    with explained(f"termination: cannot import {module_name} from here", "correct --termination module:function"):
-        function = getattr(importlib.import_module(module_name), function_name, None)
-    if not callable(function):
-        raise InputError(f"termination: module {module_name} has no function {function_name}")
+    with explained(f"termination: cannot import {target} from here", "correct --termination module:function"):
+        function = pkgutil.resolve_name(target)
     rule = torch.no_grad()(lambda obs, action, next_obs: function(data.raw_obs(obs), action, data.raw_obs(next_obs)))
     rows = torch.arange(data.obs.shape[1] + 1) % len(data.obs)  # not obs_dim: that would hide a reduction over rows
     with explained(f"termination: {target} fails on rows of the data", "mend it, or choose another rule"):
@@ -197,8 +181,7 @@ def termination_fn(mode: str, data: OfflineDataset, seed: int = 0) -> Terminatio
     num_terminals = int((data.terminal > 0.5).sum())
     if mode == "auto":
         can_learn = num_terminals >= (MIN_ROWS if wrong else 1)
-        other = "forced" if wrong.endswith(LOST) else "learned" if can_learn else "none"
-        mode = "known" if rule and not wrong else other
+        mode = "known" if rule and not wrong else "learned" if can_learn else "none"
         print(f"termination: auto chose {mode}: {wrong or why}; the data have {num_terminals:,} terminals")
     if mode in ("known", "forced"):
         if rule is None:
