@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
+from unittest.mock import patch
 
 import gymnasium as gym
 import minari
@@ -46,14 +47,8 @@ from algos import mopo  # noqa: E402
 from benchmarks.envs import LOGS, Act, Begun  # noqa: E402
 from benchmarks.files import start  # noqa: E402
 from common import InputError  # noqa: E402
-from common.dataset import (  # noqa: E402
-    cache_dir,
-    load_dataset,
-    make_spaces,
-    minari_folder,
-    minari_writes_to,
-    ref_scores_of,
-)
+from common.dataset import REF_SCORES as KNOWN_SCORES  # noqa: E402
+from common.dataset import cache_dir, gym_class, load_dataset, make_spaces, minari_folder  # noqa: E402
 from common.dynamics import save  # noqa: E402
 from common.machine import compiled, set_matmul_precision  # noqa: E402
 
@@ -284,7 +279,7 @@ def put_into_minari(dataset_id: str) -> Iterator[None]:
     """
     root = minari_folder()
     with tempfile.TemporaryDirectory(dir=root, prefix=".recording-") as folder:  # Minari lists no hidden folders
-        with minari_writes_to(folder):
+        with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             yield
         for namespace in list(Path(dataset_id).parents)[:-1]:
             (root / namespace).mkdir(parents=True, exist_ok=True)
@@ -309,7 +304,7 @@ def write_dataset(
     `card` go into its metadata. Closes `env`. Returns the folder. Raises InputError when it cannot be written.
     """
     target = minari_folder() / dataset_id
-    low, high = ref_scores or ref_scores_of(env.spec) or REF_SCORES.get(env.spec.id, (None, None))
+    low, high = ref_scores or KNOWN_SCORES.get(gym_class(env.spec)) or REF_SCORES.get(env.spec.id, (None, None))
     try:
         with put_into_minari(dataset_id), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* is set to None")  # author, e-mail: nobody to name

@@ -6,7 +6,6 @@ pairing the last observation of an episode with the first one of the next, and c
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -44,8 +43,8 @@ REF_SCORES = {  # (random, expert) by gym_class, for every dataset and version o
 }
 HASHED = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end", "episode_returns")
 MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no time limit of its own
-# D4RL's, the first four of which are needed, then OGBench's; what Gymnasium says in place of D4RL's words
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "masks", "valids")
+# D4RL's, the first four of which are needed, and what Gymnasium says in place of its words
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 GYM_KEYS = {"terminals": "terminations terminated terminateds", "timeouts": "truncations truncated truncateds"}
 CACHE_VERSION = 2  # part of every cache key: raise it when the arrays made from the same file change
 
@@ -174,7 +173,7 @@ def load_dataset(
     limit = env_spec and env_spec.max_episode_steps
     if env_spec is not None and limit is None:
         env_spec = replace(env_spec, max_episode_steps=MOST_STEPS)
-    ref_scores = ref_scores or ref_scores_of(env_spec)
+    ref_scores = ref_scores or REF_SCORES.get(gym_class(env_spec))
     version = f"{version}|{limit}|{standardise_obs}"
     arrays = _cached(version, lambda: _transitions(read(), source, limit, standardise_obs))
     print("".join(f"{line}\n" for line in arrays["found"]), end="", file=sys.stderr)
@@ -186,8 +185,7 @@ def load_dataset(
             raise InputError(f"{name} has {what} of {counts}: choose the environment of the recording (--env-id).")
     if action_space is None:  # nothing known about the environment: assume D4RL's convention
         action_space = gym.spaces.Box(-1.0, 1.0, (action.shape[1],))
-    low, high = _box(action_space, action, name)
-    _scale_to_unit_box(action, low, high, name)
+    low, high = _scale_to_unit_box(action, action_space, name)
     data_hash = hashlib.blake2b(str(arrays["data_hash"]).encode() + low.tobytes() + high.tobytes(), digest_size=16)
     arrays |= {"action": action[:num_rows], "cut_action": action[num_rows:]}
     tensors = (*HASHED[:-1], "cut_rows", "cut_action")
@@ -228,11 +226,6 @@ def minari_folder() -> Path:
         return get_dataset_path()
 
 
-def minari_writes_to(folder: Path | str) -> AbstractContextManager:
-    """Its root is the only way to say where."""
-    return patch.dict(os.environ, MINARI_DATASETS_PATH=str(folder))
-
-
 def _download(name: str) -> Path:
     """Downloads a Minari dataset, whole or not at all. Returns its data folder."""
     root = minari_folder()
@@ -251,7 +244,7 @@ def _download(name: str) -> Path:
             # Minari retries for half a minute: one short request tells first whether there is a network at all
             utils.get_session().head(constants.ENDPOINT, timeout=5)
         if not (root / name / "data").exists():  # else another process was faster
-            with minari_writes_to(part):
+            with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
                 minari.download_dataset(name)
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             os.rename(Path(part, name), root / name)
@@ -314,8 +307,9 @@ def _read_flat(path: Path) -> Rows:
     with _readable(path), np.load(path) if path.suffix.lower() == ".npz" else h5py.File(path, "r") as file:
         names = {key: next((n for n in (key, *GYM_KEYS.get(key, "").split()) if n in file), None) for key in KEYS}
         missing = [key for key in KEYS[:4] if names[key] is None]
-        if "dones" in file and "terminals" in missing:
-            raise InputError(f"{path} has dones, which may be time limits, too: write terminals and timeouts instead.")
+        if vague := [key for key in ("masks", "valids", *["dones"] * ("terminals" in missing)) if key in file]:
+            what = f"{path} has {', '.join(vague)}, so that ends may be time limits"
+            raise InputError(f"{what}: write terminals and timeouts in place of them, one row per step.")
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)} (has {', '.join(file)}): write it with D4RL's keys.")
         rows, unread = {key: _read_array(file[name], name, path) for key, name in names.items() if name}, []
@@ -323,11 +317,7 @@ def _read_flat(path: Path) -> Rows:
             with suppress(ValueError):  # Python objects
                 if "/" not in key and getattr(file[key], "shape", ())[:1] == rows["rewards"].shape:
                     unread.append(key)
-    rows = _checked(rows, path)
-    notes = [f"note: not read: {', '.join(unread)} in {path}"] if unread else []
-    if {"masks", "valids"} & rows.keys():
-        rows = _from_ogbench(rows)
-        notes.append(f"note: {path} is in OGBench's layout: its terminals are ends, its masks tell which are terminal")
+    rows, notes = _checked(rows, path), [f"note: not read: {', '.join(unread)} in {path}"] if unread else []
     if "next_observations" not in rows and not rows["timeouts"].any():
         notes.append(f"note: {path} marks no time limits: only its terminals separate episodes")
     return rows | {"notes": notes}
@@ -343,17 +333,6 @@ def _checked(rows: Rows, path: Path) -> Rows:
         raise InputError(f"{path} has observations {obs.shape} but next_observations {next_obs.shape}: both must fit.")
     check_finite(rows, path)
     return rows | {key: rows.get(key, np.zeros(len(obs))) != 0 for key in ("terminals", "timeouts")}
-
-
-def _from_ogbench(rows: Rows) -> Rows:
-    """Its `valids` are 0 where a row is no transition, but the place of the last observation of a trajectory."""
-    valid, mask = (rows.pop(key, np.ones(len(rows["rewards"]))) != 0 for key in ("valids", "masks"))
-    rows["timeouts"] |= (rows["terminals"] | np.append(~valid[1:], False)) & mask
-    rows["terminals"] = ~mask
-    if "next_observations" not in rows and not valid.all():
-        rows["next_observations"] = np.roll(rows["observations"], -1, axis=0)
-        valid[-1] = False  # nothing follows it
-    return {key: array[valid] for key, array in rows.items()}
 
 
 def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.ndarray:
@@ -381,17 +360,14 @@ def _open_minari(path: Path, name: str, wants_env: bool, trust: bool) -> tuple:
         spec = json.loads(metadata.get("env_spec") or "null")
         # Minari makes the environment itself where it misses a space
         may_run = spec and not trust and (wants_env or not {"observation_space", "action_space"} <= metadata.keys())
-        unknown = _unknown_code(spec) if may_run else []
-        if any(importlib.util.find_spec(point.partition(":")[0].partition(".")[0]) for point in unknown):
+        if may_run and (unknown := _unknown_code(spec)):
             code = f"{name} would run code: entry point {', '.join(unknown)}"
-            raise InputError(f"{code}; if you trust its author give --trust, else another environment by --env-id.")
+            hint = "install the package that registers it, give --trust if you trust its author"
+            raise InputError(f"{code}; {hint}, or name another environment by --env-id.")
         minari_set = minari.MinariDataset(path)
-        env_spec = minari_set.env_spec
-        if unknown:  # its package is not installed: the environment stays as a name that cannot be made
-            env_spec = replace(env_spec, entry_point=None, vector_entry_point=None)
         scores = (metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
         low, high = (np.nan if score is None else float(score) for score in scores)
-    return minari_set, env_spec, (low, high) if -np.inf < low < high < np.inf else None
+    return minari_set, minari_set.env_spec, (low, high) if -np.inf < low < high < np.inf else None
 
 
 def _unknown_code(spec: dict) -> list[str]:
@@ -421,8 +397,6 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> Rows:
         if sum(lengths) != dataset.total_steps:
             counts = f"{dataset.total_steps} steps and holds {sum(lengths)}"
             raise InputError(f"{path} promises {counts}: delete it and get it again.")
-        if not sum(lengths):
-            raise InputError(f"{path} is empty: it has no rows.")
         rows = {key: _read_array(np.concatenate(arrays), key, path) for key, *arrays in zip(keys, *parts)}
     ends = np.isin(np.arange(1, sum(lengths) + 1), np.cumsum(lengths))  # also where an episode has neither flag
     return _checked(rows, path) | {"episode_end": ends}
@@ -462,13 +436,9 @@ def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bo
 def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     """Spec, observation space and action space of a registered environment, "Name-v0" or "package:Name-v0"."""
     with explained(f"Cannot make environment {env_id!r}", "check the id given as --env-id"):
-        module, _, registered_id = env_id.rpartition(":")
-        if module:
-            importlib.import_module(module)
-        env_spec = gym.spec(registered_id)
-        env = gym.make(env_spec)
+        env = gym.make(env_id)
     env.close()
-    env_spec, obs_space = _flattened(env_spec, env.observation_space, env.action_space, env_id)
+    env_spec, obs_space = _flattened(gym.spec(env.spec.id), env.observation_space, env.action_space, env_id)
     if not env.action_space.is_bounded():  # RescaleAction needs bounds, ClipAction takes them away
         how = "wrap it in TransformAction with a Box that has bounds (RescaleAction and ClipAction want them already)"
         raise InputError(f"{env_id} has actions in {env.action_space}, without bounds: {how}.")
@@ -509,13 +479,11 @@ def gym_class(env_spec: EnvSpec | None) -> str | None:
     return name.removesuffix("Env") if name.endswith("Env") else env_spec.name  # v2 and v3: a function that refuses
 
 
-def ref_scores_of(env_spec: EnvSpec | None) -> tuple[float, float] | None:
-    """(random, expert), where they are known."""
-    return REF_SCORES.get(gym_class(env_spec))
+def _scale_to_unit_box(action: np.ndarray, space: gym.spaces.Box, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scales action (n, action_dim) from its box to [-1, 1] in place; says on stderr how many had to be clipped.
 
-
-def _box(space: gym.spaces.Box, action: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """low, high (action_dim,); the data's own range where the space has no bounds, or none that float32 can span."""
+    Returns low, high (action_dim,): the data's range where the space has no bounds, or none that float32 can span.
+    """
     with np.errstate(over="ignore"):
         low, high = space.low.astype(np.float32), space.high.astype(np.float32)
         bounded = np.isfinite(high - low)
@@ -523,11 +491,6 @@ def _box(space: gym.spaces.Box, action: np.ndarray, name: str) -> tuple[np.ndarr
         low, high = np.where(bounded, low, action.min(axis=0)), np.where(bounded, high, action.max(axis=0))
         ranges = ", ".join(f"[{a:g}, {b:g}]" for a, b in zip(low, high))
         print(f"note: the actions of {name} have no bounds: the data's own range is taken, {ranges}", file=sys.stderr)
-    return low, high
-
-
-def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
-    """Scales action (n, action_dim) from its box to [-1, 1] in place; says on stderr how many had to be clipped."""
     half = (high - low) / 2
     action -= (high + low) / 2
     action /= np.where(half > 0, half, 1)
@@ -537,3 +500,4 @@ def _scale_to_unit_box(action: np.ndarray, low: np.ndarray, high: np.ndarray, na
         counts = f"{outside.sum():,} of {len(action):,}"
         print(f"warning: {counts} actions in {name} lie outside the box and were clipped to it", file=sys.stderr)
     np.clip(action, -1.0, 1.0, out=action)
+    return low, high

@@ -258,38 +258,23 @@ def test_gymnasiums_words_are_read(timeouts, terminals, load, capsys):
     assert equal(load(renamed), load(rows)) and not capsys.readouterr().err
 
 
-def test_dones_alone_are_refused(load):
-    with pytest.raises(InputError, match="dones.*write terminals and timeouts"):
-        load({"dones": (rows := log())["terminals"], **without(rows, "terminals")})
+@pytest.mark.parametrize("key", ["dones", "masks", "valids"])
+def test_words_for_ends_of_any_kind_are_refused(key, load):
+    rows = {key: (rows := log())["terminals"], **without(rows, *["terminals"] * (key == "dones"))}
+    with pytest.raises(InputError, match=f"has {key}, .*time limits: write terminals and timeouts"):
+        load(rows)
+
+
+def test_dones_beside_terminals_are_not_read(load, capsys):
+    rows = log()
+    assert equal(load(rows | {"dones": rows["terminals"]}), load(rows))
+    assert "not read: dones" in capsys.readouterr().err
 
 
 def test_what_is_not_read_is_named(load, capsys):
     rows, n = log(), len(log()["rewards"])
     load({**rows, "costs": np.zeros(n), "infos/qpos": np.zeros((n, 3)), "seed": np.zeros(1), "why": np.array([{}] * n)})
     assert "not read: costs in" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("layout", ["masks", "valids", "valids and masks"])
-def test_ogbenchs_layout_is_read(layout, load, capsys):
-    rows = log()
-    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
-    expected = load(
-        rows
-        if "masks" in layout
-        else {**rows, "terminals": rows["terminals"] & False, "timeouts": rows["terminals"] | rows["timeouts"]}
-    )
-    theirs = {
-        **without(rows, "timeouts"),
-        "terminals": rows["terminals"] | rows["timeouts"],
-        "masks": ~rows["terminals"],
-    }
-    if "valids" in layout:  # a row more for each trajectory, which holds its last observation
-        theirs = {key: np.insert(array, ends + 1, array[ends], axis=0) for key, array in theirs.items()}
-        at = ends + 1 + np.arange(len(ends))
-        theirs["observations"][at] = theirs.pop("next_observations")[at]
-        theirs["valids"] = np.isin(np.arange(len(theirs["rewards"])), at, invert=True).astype(np.float32)
-    data = load(theirs if "masks" in layout else without(theirs, "masks"))
-    assert equal(data, expected) and "OGBench" in capsys.readouterr().err
 
 
 def test_what_was_found_is_said_at_every_load(load, tmp_path, capsys):
