@@ -51,7 +51,7 @@ CACHE_VERSION = 2  # part of every cache key: raise it when the arrays made from
 
 def _readable(path: Path) -> AbstractContextManager:
     """What fails inside is to blame on the file."""
-    hint = "it is damaged or of another format, get it again, or store each key as one array of numbers"
+    hint = "get it again, or store it as .hdf5 or .npz with D4RL's keys, each one array of numbers"
     return explained(f"Cannot read {path}", hint)
 
 
@@ -202,10 +202,6 @@ def _find(name: str) -> Path:
     """The file of flat arrays, or the data folder of a Minari dataset, that `name` stands for."""
     path = Path(os.path.expanduser(name))
     if _is_flat(path) or os.path.isfile(path):
-        if not os.path.isfile(path):
-            raise InputError(f"There is no file {path.absolute()}: check the path given as --dataset.")
-        if not _is_flat(path):
-            raise InputError(f"{path} is neither .hdf5, .h5 nor .npz: convert it to one of them, with D4RL's keys.")
         return path
     for find in (lambda: path / "data", lambda: path, lambda: minari_folder() / name / "data"):
         if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
@@ -229,25 +225,18 @@ def minari_folder() -> Path:
 def _download(name: str) -> Path:
     """Downloads a Minari dataset, whole or not at all. Returns its data folder."""
     root = minari_folder()
-    found = sorted(str(file.parent.parent.relative_to(root)) for file in root.glob("**/data/metadata.json"))
-    local = f"in {root} ({', '.join(n for n in found if not n.startswith('.')) or 'none'})"
-    what = f"No dataset {name!r}: it is no data file, no folder of a Minari dataset, not among the local ones {local}"
+    local = sorted(str(file.parents[1].relative_to(root)) for file in root.glob("[!.]*/**/data/metadata.json"))
+    what = f"No dataset {name!r}: it is no file or folder, not in {root} ({', '.join(local) or 'none'})"
     hint = f"correct the name, or run `minari download {name}` where there is a network and copy the folder to"
     hint = f"{hint} {root / name}, or set MINARI_DATASETS_PATH to where it lies"
     # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
-    hidden = {"dir": root, "prefix": ".downloading-"}
-    lock = FileLock(root / ".downloading.lock")
-    with explained(f"{what}, and its download failed", hint), lock, tempfile.TemporaryDirectory(**hidden) as part:
-        if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
-            from huggingface_hub import constants, utils
-
-            # Minari retries for half a minute: one short request tells first whether there is a network at all
-            utils.get_session().head(constants.ENDPOINT, timeout=5)
+    part = tempfile.TemporaryDirectory(dir=root, prefix=".downloading-")
+    with explained(f"{what}, and its download failed", hint), FileLock(root / ".downloading.lock"), part as folder:
         if not (root / name / "data").exists():  # else another process was faster
-            with patch.dict(os.environ, MINARI_DATASETS_PATH=part):
+            with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
                 minari.download_dataset(name)
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(Path(part, name), root / name)
+            os.rename(Path(folder, name), root / name)
     return root / name / "data"
 
 

@@ -134,14 +134,11 @@ def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
     name = flag[2:].replace("-", "_")
     if name in ("env_id", "termination") and ":" in before and not args.trust:
         raise InputError(f"this run imports {before} ({flag}), code of whoever made the folder: give --trust to run it")
-    if value == before:
-        return
-    if name in ("run_dir", "run_name"):
-        raise InputError(f"{flag} cannot change when a run goes on in its folder: leave it out")
-    if name not in FREE:
-        raise InputError(f"{flag} is {before} in this run and decides its policy: leave it out or start anew")
-    if name == "num_updates" and (getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")):
-        raise InputError(f"{flag} is {before} in this run and its schedules span them: leave it out or start anew")
+    scheduled = getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")
+    spans = name == "num_updates" and scheduled
+    if value != before and (spans or name not in FREE):
+        why = "its schedules span them" if spans else "cannot change on the way"
+        raise InputError(f"{flag} is {before!r} in this run and {why}: leave it out or start anew")
 
 
 def _settings_of(folder: Path, Args: type[RunArgs]) -> dict:
@@ -221,7 +218,7 @@ class Run:
         self.modules = modules
         if self.resumes:
             self._restore()
-        first, last, bar = self.progress["update"], self.args.num_updates, None
+        first, last = self.progress["update"], self.args.num_updates
         self.start -= self.progress["seconds"]
         self.config = json.dumps(self._config(), indent=2)
         self._write(write_text, self.folder / "config.json", self.config)
@@ -229,15 +226,13 @@ class Run:
         # TensorBoard writes in a thread of its own: what fails there fails here, too, and then in a sentence
         hook = threading.excepthook
         threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else hook(x)
+        bar = progress_bar(self.algo, last, "update", initial=first)
         usual = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for i in range(first + 1, last + 1):
-                if i == first + 3:  # the first two compile and would spoil the time that the bar foresees
-                    bar = progress_bar(self.algo, last, "update", initial=i - 1, smoothing=0)
                 self.progress["update"] = i
                 yield i
-                if bar is not None:
-                    bar.update()
+                bar.update()
                 if self.stop or i % self.args.checkpoint_interval == 0 or i == last:
                     self._save()
                 if self.stop:
@@ -247,8 +242,7 @@ class Run:
             with suppress(OSError):
                 self.writer.close()
             threading.excepthook = hook
-            if bar is not None:
-                bar.close()
+            bar.close()
             for number, handler in usual.items():
                 signal.signal(number, handler)
             self.lock.release()
@@ -259,12 +253,9 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def note(self, **values: Tensor | float) -> None:
-        """Numbers for the next rows of progress.csv, until noted again; of several the mean, and a histogram."""
-        for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64)
-            if value.ndim and value.isfinite().all():
-                self._write(self.writer.add_histogram, name, value, self.progress["update"])
-            self.progress["notes"][name] = value.mean().item()
+        """Numbers for the next rows of progress.csv, until noted again; of several the mean."""
+        means = {name: torch.as_tensor(value, dtype=torch.float64).mean().item() for name, value in values.items()}
+        self.progress["notes"] |= means
 
     def evaluates(self) -> bool:
         """Whether an evaluation is due after this update."""
@@ -349,13 +340,11 @@ class Run:
         self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
-            line, score = "{:<11} {:.1f} (normalised {:.1f}), mean of the {}", np.nanmean(returns)
-            of, failed = f"last {len(returns)} evaluations", np.isnan(returns).sum()
-            of += f", {failed} failed" if failed else ""
-            print(line.format("score", score, data.normalised_score(score), of))
-            if data.ordered:
-                behaviour = data.episode_returns.mean()
-                print(line.format("behaviour", behaviour, data.normalised_score(behaviour), "data's episodes"))
+            failed = f", {n} failed" if (n := np.isnan(returns).sum()) else ""
+            lines = [("score", np.nanmean(returns), f"last {len(returns)} evaluations{failed}")]
+            lines += [("behaviour", data.episode_returns.mean(), "data's episodes")] if data.ordered else []
+            for what, value, of in lines:
+                print(f"{what:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), mean of the {of}")
         print(f"run         {self.folder}\ncurves      tensorboard --logdir {self.args.run_dir}")
 
     # --- Files ---
@@ -377,12 +366,12 @@ class Run:
 
     def _config(self) -> dict:
         """Of a resumed run the first command, and what was changed after which update."""
-        args, data = asdict(self.args) | {"resume": "", "trust": False}, self.data
+        args, data = json.loads(json.dumps(asdict(self.args))) | {"resume": "", "trust": False}, self.data
         command = shlex.join(["python", f"algos/{self.algo}.py", *sys.argv[1:]])
         if self.args.resume:
             config = json.loads((self.folder / "config.json").read_text())
-            changed = {name: [config["args"].get(name), value] for name, value in args.items()}
-            changed = {name: pair for name, pair in changed.items() if pair[0] != json.loads(json.dumps(pair[1]))}
+            was = config["args"]
+            changed = {name: [was.get(name), value] for name, value in args.items() if was.get(name) != value}
             resumed = {"after_update": self.progress["update"], "command": command, "changed": changed}
             return config | {"args": args, "resumed": [*config.get("resumed", []), resumed]}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

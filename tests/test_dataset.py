@@ -36,11 +36,6 @@ def private_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
 
-    def no_network():
-        raise ConnectionError("tests have no network")
-
-    monkeypatch.setattr("huggingface_hub.utils.get_session", no_network)
-
 
 # --- Helpers ---
 def make_rows(lengths=(4, 3, 5), ends="tlt", obs_dim=2, action_dim=1, seed=0) -> dict[str, np.ndarray]:
@@ -223,7 +218,6 @@ def test_all_layouts_of_the_same_data_give_the_same_dataset(tmp_path):
 
 
 def test_missing_minari_dataset_is_downloaded_when_there_is_a_network(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     monkeypatch.setattr(minari, "download_dataset", write_small_minari)
     assert len(load_dataset("toy/small-v0").obs) == 12
     monkeypatch.setattr(minari, "download_dataset", lambda _: pytest.fail("it is there"))
@@ -236,7 +230,6 @@ def test_a_download_that_breaks_off_leaves_nothing_that_looks_like_a_dataset(mon
         (folder / "data" / "main_data.hdf5").unlink()
         raise ConnectionError("the line is dead")
 
-    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     monkeypatch.setattr(minari, "download_dataset", breaks_off)
     usual = os.environ["MINARI_DATASETS_PATH"]
     with pytest.raises(InputError, match="its download failed .ConnectionError: the line is dead"):
@@ -254,10 +247,9 @@ def test_a_folder_of_minaris_that_cannot_be_made_is_said(monkeypatch, tmp_path):
     assert len(load_dataset(DEFAULT_DATASET).obs) == 20_000  # it is none of them
 
 
-def test_missing_minari_dataset_without_network_fails_at_once_and_says_what_there_is(monkeypatch):
+def test_missing_minari_dataset_without_network_says_what_there_is():
     folder = write_small_minari()
     shutil.copytree(folder, folder.parents[1] / ".recording-killed" / "toy" / "half-v0")
-    monkeypatch.setattr(minari, "download_dataset", lambda _: pytest.fail("would retry for half a minute"))
     with pytest.raises(InputError) as error:
         load_dataset("toy/other-v0")
     root = os.environ["MINARI_DATASETS_PATH"]
@@ -583,13 +575,13 @@ def test_damaged_files_give_a_sentence(suffix, contents, tmp_path):
     write_hdf5(path, make_rows()) if suffix == "hdf5" else np.savez(path, **make_rows())
     whole = path.read_bytes()
     path.write_bytes({"text": b"<html>not found</html>", "cut": whole[: len(whole) // 2], "empty": b""}[contents])
-    with pytest.raises(InputError, match="Cannot read .*bad.* damaged or of another format"):
+    with pytest.raises(InputError, match="Cannot read .*bad.*: get it again, or store it as"):
         load_dataset(str(path))
 
 
 @pytest.mark.parametrize("name, words", [
-    ("/nowhere/a.hdf5", "no file /nowhere/a.hdf5"),
-    ("/nowhere/folder", "no folder of a Minari dataset"),
+    ("/nowhere/a.hdf5", "Cannot read /nowhere/a.hdf5 .*No such file"),
+    ("/nowhere/folder", "it is no file or folder"),
     ("not an id!", "No dataset 'not an id!'"),
     ("", "No dataset ''"),
 ])  # fmt: skip
@@ -600,7 +592,7 @@ def test_names_of_nothing_give_a_sentence(name, words):
 
 def test_file_of_another_kind_gives_a_sentence(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(InputError, match="neither .hdf5, .h5 nor .npz"):
+    with pytest.raises(InputError, match="Cannot read .*a.csv .* store it as .hdf5 or .npz"):
         load_dataset(str(tmp_path / "a.csv"))
 
 
@@ -1038,7 +1030,7 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     write_hdf5(tmp_path / "a.hdf5", make_rows())
     assert len(load_dataset("~/a.hdf5").obs) == 12
     assert list((tmp_path / "kept" / "datasets").glob("*.npz"))
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match="No such file"):
         load_dataset("~nobody_of_this_name/a.hdf5")
 
 

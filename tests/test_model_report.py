@@ -301,7 +301,7 @@ def test_bad_input_is_refused_in_a_sentence(report):
     for args, words in zip(wrong, ("--horizon must be", "--penalty-coef must be", "name the page")):
         with pytest.raises(InputError, match=words):
             report("good", **args)
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match="No such file"):
         report("missing")
 
 

@@ -473,7 +473,7 @@ def test_a_run_whose_schedule_spans_it_cannot_become_longer(script, run):
 @pytest.mark.parametrize("flag", ["--run-name", "--run-dir"])
 def test_a_resumed_run_stays_in_its_folder(flag, run):
     folder = run()
-    with pytest.raises(InputError, match=f"{flag} cannot change"):
+    with pytest.raises(InputError, match=f"{flag} is .* cannot change"):
         run("--resume", str(folder), flag, "elsewhere")
 
 
@@ -502,7 +502,7 @@ def test_what_a_folder_names_is_imported_only_if_the_command_line_trusts_it(
 def test_what_decides_the_policy_cannot_change_at_resume(run, flags):
     folder = run()
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    with pytest.raises(InputError, match=f"{flags[0]} is .* in this run and decides its policy"):
+    with pytest.raises(InputError, match=f"{flags[0]} is .* in this run and cannot change"):
         run("--resume", str(folder), *flags)
     assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 
@@ -559,7 +559,7 @@ def test_a_tilde_is_the_home_directory_also_where_no_shell_expands_it(tmp_path, 
         (("--env-id", "Hopper-v5"), "observations of 3 numbers but Hopper-v5 has 11"),
         (("--env-id", "Hoper-v5"), "Hoper"),
         (("--dataset", "no/such-v0"), "No dataset 'no/such-v0'"),
-        (("--dataset", "absent.hdf5"), "no file"),
+        (("--dataset", "absent.hdf5"), "No such file"),
         (("--dynamics", "absent.pt"), "no ensemble at absent.pt"),
         (("--termination", "nonsense"), "none of auto, known, forced, learned, none and module:function"),
         (("--resume", "absent"), "no run to resume"),
