@@ -50,7 +50,7 @@ from common import InputError  # noqa: E402
 from common.dataset import REF_SCORES as KNOWN_SCORES  # noqa: E402
 from common.dataset import cache_dir, gym_class, load_dataset, make_spaces, minari_folder  # noqa: E402
 from common.dynamics import save  # noqa: E402
-from common.machine import compiled, set_matmul_precision  # noqa: E402
+from common.machine import compiled, exact_products  # noqa: E402
 
 POLICIES = Path(__file__).parent / "policies"
 NUM_RANDOM, EVAL_INTERVAL, CHECKPOINT_INTERVAL = 10_000, 10_000, 50_000  # environment steps
@@ -405,7 +405,7 @@ def work(name: str, args: Args) -> None:
     """All that is asked for of one environment, in a process of its own."""
     torch.set_num_threads(1)
     # by the training and by the recording alone alike: a rounding error makes another episode
-    set_matmul_precision("highest", torch.device("cpu"))
+    exact_products(torch.device("cpu"))
     if args.train:
         training = train(name, args)
         if args.grades != ("medium-replay",):

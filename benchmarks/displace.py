@@ -31,7 +31,7 @@ from benchmarks.film import Args, policy_of, run_folders  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
 from common.evaluation import call, make_envs  # noqa: E402
-from common.machine import set_matmul_precision  # noqa: E402
+from common.machine import exact_products  # noqa: E402
 
 
 def evaluate(
@@ -81,12 +81,12 @@ def displace(policy: Callable, envs: list[gym.Env], data: OfflineDataset, seed: 
 
 
 def main(args: Args) -> None:
+    exact_products(torch.device("cpu"))  # as in training: the same rounding
     for folder in run_folders(args.runs):
         policy, data, settings = policy_of(folder, args.trust)
         names = ("eval_episodes", "seed", "num_updates")
         try:
             num, seed, update = (int(settings[name]) for name in names)
-            set_matmul_precision(settings["matmul_precision"], torch.device("cpu"))  # as in training: the same rounding
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder / 'config.json'} lacks a setting, or it is damaged ({error!r})") from None
         envs = make_envs(data, num)

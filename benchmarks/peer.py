@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.files import HomePaths, start  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
-from common.machine import set_matmul_precision  # noqa: E402
+from common.machine import exact_products  # noqa: E402
 
 
 @dataclass
@@ -83,7 +83,7 @@ def main(args: Args) -> None:
     if not (args.peer / "run_example").is_dir():
         raise InputError(f"{args.peer} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
     torch.set_num_threads(args.num_threads)
-    set_matmul_precision("highest", torch.device("cpu"))
+    exact_products(torch.device("cpu"))
     data = load_dataset(args.dataset)
     modules = {name: types.ModuleType(name) for name in ("gym", "gym.envs", "gym.envs.mujoco", "d4rl")}
     modules["gym"].Env, modules["gym"].make = object, lambda task: OldEnv(data, args.seed)

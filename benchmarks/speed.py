@@ -31,7 +31,7 @@ import common.dynamics  # noqa: E402
 from algos import bc, combo, cql, iql, mobile, mopo, onestep, sac_bc, td3_bc  # noqa: E402
 from benchmarks.files import HomePaths, start  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
-from common.machine import compiled, keep_freed_memory, set_matmul_precision  # noqa: E402
+from common.machine import compiled, exact_products, keep_freed_memory  # noqa: E402
 
 OBS_DIM, ACTION_DIM, BATCH_SIZE, NUM_ROWS = 17, 6, 256, 100_000
 NUM_UPDATES, NUM_SLOW_UPDATES, NUM_MINIBATCHES = 200, 15, 30  # of one repetition; slow: those of many sampled actions
@@ -49,7 +49,6 @@ class Args(HomePaths):
     repetitions: int = 5  # of every contestant, in turns
     num_starts: int = 50_000  # start states of a rollout of 5 steps
     peer: Path | None = None  # folder of a checkout of OfflineRL-Kit
-    matmul_precision: str = "highest"  # of ours: highest, high or medium
     only: str = ""  # part of a row's name: those alone, and no file is written
 
 
@@ -320,7 +319,7 @@ def epoch(rollout: Callable[[], int], updates: Callable[[int], int]) -> int:
 def set_up(name: str, args: Args) -> None:
     """Ours as `main` of algos/mopo.py does it, everybody else's as torch and glibc leave it."""
     if name.startswith("ours"):
-        set_matmul_precision(args.matmul_precision, CPU)
+        exact_products(CPU)
         keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("highest")
@@ -357,7 +356,7 @@ def main(args: Args) -> None:
                 count = function()
                 seconds[work][name].append((time.perf_counter() - start) / count)
 
-    print(f"{args.num_threads} threads, {args.matmul_precision} precision, {args.repetitions} repetitions\n")
+    print(f"{args.num_threads} threads, {args.repetitions} repetitions\n")
     print("| | " + " | ".join(contestants) + " |" + "".join(f" ours / {name} |" for name in list(contestants)[1:]))
     print("| --- |" + " --- |" * (2 * len(contestants) - 1))
     for work, times in seconds.items():
@@ -371,10 +370,8 @@ def main(args: Args) -> None:
         return
     about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
     about |= {"num_starts": args.num_starts, "repetitions": args.repetitions, "threads": args.num_threads}
-    about |= {"matmul_precision": args.matmul_precision, "seconds": seconds}
-    precision = "" if args.matmul_precision == "highest" else f"-{args.matmul_precision}"
-    path = Path(__file__).parent / "results" / f"speed-{args.num_threads}-threads{precision}.json"
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    path = Path(__file__).parent / "results" / f"speed-{args.num_threads}-threads.json"
+    path.write_text(json.dumps(about | {"seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from common import InputError, explained, writing
 from common.dataset import OfflineDataset, cache_dir
-from common.machine import progress_bar, rounds_products
+from common.machine import progress_bar
 
 WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # one per layer, on weights only [MOPO code]
 SHORT_FIT = 1_000_000  # rows seen in all: it is over before it is compiled
@@ -205,10 +205,9 @@ def save(path: Path, state: dict) -> None:
         torch.save(state, part)
 
 
-def cache_file(kind: str, device: torch.device, key: list) -> Path:
-    """Where a fit of that key is kept, apart from one whose products were rounded."""
-    text = json.dumps([*key, *["rounded products"] * rounds_products(device)])
-    return cache_dir() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+def cache_file(kind: str, key: list) -> Path:
+    """Where a fit of that key is kept."""
+    return cache_dir() / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.pt"
 
 
 @contextmanager
@@ -247,16 +246,15 @@ def load_or_fit(
 ) -> Dynamics:  # fmt: skip
     """The ensemble of `data`: from the file `path`, else from the cache, else fitted and put into the cache.
 
-    The cache's key is the data's content, the settings, the seed and whether products are rounded. Returns the ensemble
-    on the data's device, without gradients to its weights. Raises InputError when the file is no ensemble or does not
-    fit the data.
+    The cache's key is the data's content, the settings and the seed. Returns the ensemble on the data's device, without
+    gradients to its weights. Raises InputError when the file is no ensemble or does not fit the data.
     """
     device, dims, known = data.obs.device, [data.obs.shape[1], data.action.shape[1]], data.successor_known
     sizes = {"num_members": num_members, "num_elites": num_elites, "hidden_size": hidden_size}
     if num_elites > num_members:
         raise InputError(f"--num-elites {num_elites} is more than --num-members {num_members}")
     key = [FILE_VERSION, data.data_hash, sizes, max_epochs, seed]
-    file = Path(path) if path else cache_file("dynamics", device, key)
+    file = Path(path) if path else cache_file("dynamics", key)
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
 
 from common import InputError, explained
 from common.dataset import OfflineDataset
@@ -16,22 +15,18 @@ from common.dataset import OfflineDataset
 SCRIPTS = [path.stem for path in (Path(__file__).resolve().parents[1] / "algos").glob("*.py")]
 
 
-def load_policy(folder: Path | str, Actor: type[nn.Module] | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """The policy of the finished run in `folder`.
+def load_policy(folder: Path | str) -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of the finished run in `folder`, of a class in the script in algos/ that trained it.
 
-    Actor: its class; by default that of its name in the script in algos/ that trained it, and in no other file. Returns
-    a function from observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in its box.
-    Raises InputError where there is no finished run, or one whose policy is of another class.
+    Returns a function from observations (..., obs_dim) as the environment gives them to actions (..., action_dim) in
+    its box. Raises InputError where there is no finished run, or one that trained no policy.
     """
     with explained(f"{folder} holds no policy of a script in algos/", "finish that run"):
         saved = torch.load(Path(folder, "policy.pt"), map_location="cpu", weights_only=True)
-        if Actor is None:
-            algo = SCRIPTS[SCRIPTS.index(json.loads(saved["config"])["algo"])]
-            Actor = getattr(importlib.import_module(f"algos.{algo}"), saved["class"])
+        algo = SCRIPTS[SCRIPTS.index(json.loads(saved["config"])["algo"])]  # and no other file
+        Actor = getattr(importlib.import_module(f"algos.{algo}"), saved["class"])
         if not hasattr(Actor, "act"):
             raise InputError(f"the run in {folder} trained no policy: name another")
-        if saved["class"] != Actor.__name__:
-            raise InputError(f"the policy in {folder} is of the class {saved['class']}: give that one of its script")
         actor = Actor(**saved["sizes"])
         actor.load_state_dict(saved["actor"])
         low, high = saved["action_low"], saved["action_high"]

@@ -15,12 +15,6 @@ def progress_bar(name: str, total: int | None, unit: str, **settings) -> tqdm:
     return tqdm(desc=name, total=total, unit=unit, mininterval=interval, leave=False, **settings)
 
 
-def rounds_products(device: torch.device) -> bool:
-    """Whether float32 products are rounded to fewer digits there (bfloat16, TF32), so that a fit is another one."""
-    third = torch.full((64, 64), 1 / 3, device=device)
-    return not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5)
-
-
 def keep_freed_memory() -> None:
     """Else glibc hands large buffers back to Linux, which zeroes each page anew: up to a quarter of a large update."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -28,14 +22,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no buffer in a mapping of its own
 
 
-def set_matmul_precision(precision: str, device: torch.device) -> None:
-    """Of float32 products. "medium" on a CPU means oneDNN, on AMD twice as fast as the MKL of the other settings.
-
-    oneDNN rounds to bfloat16 only where the CPU has AMX; elsewhere it stays exact and is taken whatever the setting.
-    """
+def exact_products(device: torch.device) -> None:
+    """Of float32. On a CPU by oneDNN ("medium"), on AMD twice as fast as MKL, unless it rounds to bfloat16 (AMX)."""
     torch.set_float32_matmul_precision("medium")
-    if device.type != "cpu" or rounds_products(device):
-        torch.set_float32_matmul_precision(precision)
+    third = torch.full((64, 64), 1 / 3, device=device)
+    if device.type != "cpu" or not torch.allclose(third @ third, torch.full_like(third, 64 / 9), rtol=1e-5):
+        torch.set_float32_matmul_precision("highest")
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

@@ -26,13 +26,12 @@ def load_or_train(
     rows: (num_rows, width) on the data's device; loss(net, rows (batch, width), noise (batch, noise_dim), standard
     normal) returns a scalar. Of the weights, those with the lowest loss on held-out rows are kept: a twentieth of the
     rows, at most 1,000, always with the same noise. The cache's key is the name, the data's content, the seed,
-    num_updates, lr, whether products are rounded, and `settings`, which is to hold whatever else shapes network, loss
-    or rows. Returns the network without gradients to its weights. Raises InputError when rows are too few or the loss
-    is not finite.
+    num_updates, lr, and `settings`, which is to hold whatever else shapes network, loss or rows. Returns the network
+    without gradients to its weights. Raises InputError when rows are too few or the loss is not finite.
     """
     if len(rows) < 20:
         raise InputError(f"the {name} needs 20 transitions or more, not {len(rows)}")
-    file = cache_file("pretrained", rows.device, [FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
+    file = cache_file("pretrained", [FILE_VERSION, name, data.data_hash, seed, num_updates, lr, settings])
     train = lambda: _train(name, make(), loss, rows, noise_dim, seed, num_updates, lr, compile)  # noqa: E731
     with kept(file, name, rows.device, seed, train) as (state, verb):
         net = make().to(rows.device)

@@ -1,6 +1,6 @@
 """What a run records and how it is watched: settings, folder, curves, checkpoints, divergence.
 
-Nothing here decides what a policy becomes; device, threads, compiling and precision move its last digits.
+Nothing here decides what a policy becomes; device, threads and compiling move its last digits.
 
     read_args      a script's defaults, then TUNED or the resumed run's settings, then the command line
     Run            .open, .compiled, .updates (the loop: bar, checkpoints, Ctrl-C), .note, .evaluate, .finish
@@ -42,7 +42,7 @@ from common.dataset import OfflineDataset
 from common.download import D4RL
 from common.dynamics import save
 from common.evaluation import evaluate, make_envs
-from common.machine import compiled, keep_freed_memory, progress_bar, set_matmul_precision
+from common.machine import compiled, exact_products, keep_freed_memory, progress_bar
 from common.terminations import rule_warning
 from common.units import unit_warnings
 
@@ -53,7 +53,7 @@ RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other n
 }  # fmt: skip
 # what may change when a run goes on; other data are noticed by their hash
 FREE = {"dataset", "eval_interval", "eval_episodes", "score_evals", "checkpoint_interval", "num_threads", "device"}
-FREE |= {"compile", "matmul_precision", "trust", "preset", "resume", "num_updates"}
+FREE |= {"compile", "trust", "preset", "resume", "num_updates"}
 PATHS = ("dataset", "dynamics", "policy", "run_dir", "resume")
 
 
@@ -67,7 +67,6 @@ class RunArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     num_threads: int = 0  # CPU threads, 0: all cores (or OMP_NUM_THREADS), at most 4
     compile: bool = True  # the whole update as one graph; without, the same lines run eagerly
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products
     checkpoint_interval: int = 50_000  # updates between checkpoints
     run_dir: str = "runs"  # where run folders are made
     run_name: str = ""  # by default dataset__algo__seed__time
@@ -143,13 +142,11 @@ def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
 
 def _settings_of(folder: Path, Args: type[RunArgs]) -> dict:
     """Those of the run in `folder`, which must be one of the script of `Args`."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f"no run to resume in {folder}: it has no config.json")
-    with explained(f"{config} does not fit this script", "start a new run"):
-        saved = json.loads(config.read_text())
+    with explained(f"no run of {algo(Args)}.py to resume in {folder}", "name another, or start a new run"):
+        saved = json.loads((folder / "config.json").read_text())
         if saved["algo"] != algo(Args):
-            raise InputError(f"{folder} is a run of {saved['algo']}.py: resume it with that script")
+            raise ValueError(f"a run of {saved['algo']}.py")
+        saved["args"].pop("matmul_precision", None)  # which older runs tell
         settings = {name: tuple(value) if type(value) is list else value for name, value in saved["args"].items()}
         return asdict(Args(**settings)) | {"resume": str(folder)}
 
@@ -198,7 +195,7 @@ class Run:
         self.resumes = bool(args.resume) and (self.folder / "checkpoint.pt").exists()
         self.device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
         torch.set_num_threads(args.num_threads or min(4, torch.get_num_threads()))
-        set_matmul_precision(args.matmul_precision, self.device)
+        exact_products(self.device)
         keep_freed_memory()
         self.compiled = lambda function: compiled(function, self.device) if args.compile else function
 

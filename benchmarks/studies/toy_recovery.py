@@ -173,7 +173,7 @@ def rollout(act, kick: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy(folder: Path):
-    act = load_policy(folder, osr.Actor)  # the same class in all scripts
+    act = load_policy(folder)
     return lambda position: act(position).astype(np.float64)
 
 
