@@ -26,11 +26,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.doctor_page import page  # noqa: E402
 from benchmarks.files import HomePaths, one_line, safe, start, write_text  # noqa: E402
 from common import InputError  # noqa: E402
-from common.checks import examine  # noqa: E402
+from common.checks import examine, unit_warnings  # noqa: E402
 from common.dataset import MOST_STEPS, OfflineDataset, _read_flat, gym_class, load_dataset  # noqa: E402
 from common.evaluation import make_envs  # noqa: E402
 from common.terminations import rule_warning  # noqa: E402
-from common.units import unit_warnings  # noqa: E402
 
 SERIOUS, LOOK, FINE, UNKNOWN = "SERIOUS", "look at", "fine", "unknown"
 # Where there are two numbers, the first is for "look at" and the second is SERIOUS.

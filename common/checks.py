@@ -3,8 +3,8 @@
 import numpy as np
 
 from common import InputError
-from common.units import Rows
 
+Rows = dict[str, np.ndarray]
 SAMPLE, FEWEST = 20_000, 10  # so many rows are enough to judge all of them by, and fewer tell nothing
 
 
@@ -128,3 +128,16 @@ def find_limits(rows: Rows, limit: int | None) -> list[str]:
     same = len(ends) >= 5 and terminal.all() and length.min() == length.max() > 1
     what = f"has {len(ends)} episodes that all end terminal after {length[0]} steps: mark them as timeouts if they are"
     return [what] if same else []
+
+
+def unit_warnings(data) -> list[str]:
+    """At most one sentence on columns of `data`, an OfflineDataset, from which unscaled networks learn badly."""
+    mean, std = data.obs_mean, data.obs_std
+    if mean is None or (data.obs_scale != 1).any():
+        return []
+    offset = (np.abs(mean) > 10 * std) & (np.abs(mean) > 2)  # a hopper's height is 1.2 +- 0.02, and not to blame
+    bad = np.flatnonzero((std > 0) & (offset | (std > 100) | (std < 0.01)))
+    columns = [f"{i} (mean {mean[i]:.3g}, deviation {std[i]:.2g})" for i in bad[:5]]
+    columns += [f"{len(bad) - 5} more"] if len(bad) > 5 else []
+    hint = "far from mean 0 and deviation 1, and networks see them as they are: try --standardise-obs"
+    return [f"observations are in columns {', '.join(columns)} {hint}"] if columns else []

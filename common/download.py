@@ -10,22 +10,15 @@ from torch.hub import download_url_to_file
 from common import InputError, explained
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
-D4RL = {  # bytes and the first 16 hex digits of the SHA-256 of each file
-    "d4rl/halfcheetah-random-v2": (237338037, "25407aef85b5d16c"),
-    "d4rl/halfcheetah-medium-v2": (237727262, "41324e8487a9556d"),
-    "d4rl/halfcheetah-medium-replay-v2": (59448533, "48d494a4770c11f4"),
-    "d4rl/halfcheetah-medium-expert-v2": (474567252, "015db75dae5bbe8e"),
-    "d4rl/halfcheetah-expert-v2": (237464597, "d9fe53bb994eb1e2"),
-    "d4rl/hopper-random-v2": (152525345, "63103ef7059db4c0"),
-    "d4rl/hopper-medium-v2": (152756557, "5bdf1bc4a713c829"),
-    "d4rl/hopper-medium-replay-v2": (75854457, "e121c5f7c9857a30"),
-    "d4rl/hopper-medium-expert-v2": (304537315, "9d51ad87f8c905be"),
-    "d4rl/hopper-expert-v2": (152427435, "01aa219a5f8eea5e"),
-    "d4rl/walker2d-random-v2": (216109364, "4e863bb6090cf4a4"),
-    "d4rl/walker2d-medium-v2": (232254996, "cf00f43add04c17f"),
-    "d4rl/walker2d-medium-replay-v2": (86323963, "e75de96a4f77acf7"),
-    "d4rl/walker2d-medium-expert-v2": (462197079, "6b8d7f868c45bbae"),
-    "d4rl/walker2d-expert-v2": (230567195, "2985dc3d436a8baa"),
+GRADES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+D4RL = {  # the first 16 hex digits of the SHA-256 of each file
+    f"d4rl/{env}-{grade}-v2": digest
+    for env, digests in {
+        "halfcheetah": "25407aef85b5d16c 41324e8487a9556d 48d494a4770c11f4 015db75dae5bbe8e d9fe53bb994eb1e2",
+        "hopper": "63103ef7059db4c0 5bdf1bc4a713c829 e121c5f7c9857a30 9d51ad87f8c905be 01aa219a5f8eea5e",
+        "walker2d": "4e863bb6090cf4a4 cf00f43add04c17f e75de96a4f77acf7 6b8d7f868c45bbae 2985dc3d436a8baa",
+    }.items()
+    for grade, digest in zip(GRADES, digests.split(), strict=True)
 }
 D4RL_ENVS = {  # to evaluate in, by the first word of the name: id and settings
     "halfcheetah": ("HalfCheetah-v5", {}),
@@ -38,18 +31,14 @@ TIMEOUT = 20  # seconds without an answer
 def d4rl_file(name: str) -> Path:
     """The file of `name`, a key of D4RL, in $D4RL_DATASET_DIR or ~/.d4rl/datasets; downloaded when it is not there.
 
-    Raises InputError for another name, for a file of the wrong size, and when the download fails or is not the file.
+    Raises InputError for another name, and when the download fails or is not the file.
     """
     if name not in D4RL:
         raise InputError(f"There is no dataset {name}: choose one of {', '.join(D4RL)}.")
-    size, sha256 = D4RL[name]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     file = folder / f"{name[len('d4rl/') : -len('-v2')].replace('-', '_')}-v2.hdf5"
     if not file.exists():
-        _download(f"{D4RL_URL}/{file.name}", file, sha256)
-    if (found := file.stat().st_size) != size:
-        hint = "move it away to have the same command download it, or give its path as --dataset to use it as it is"
-        raise InputError(f"{file} has {found:,} bytes but D4RL's file has {size:,}: {hint}.")
+        _download(f"{D4RL_URL}/{file.name}", file, D4RL[name])
     return file
 
 

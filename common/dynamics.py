@@ -174,15 +174,10 @@ class Dynamics(nn.Module):
         while stale <= patience and epoch != max_epochs:
             shuffle = [torch.randperm(len(train), generator=generator, device=x.device) for _ in bootstrap]
             indices = bootstrap.gather(1, torch.stack(shuffle))
-            for block in indices[:, : len(train) // batch_size * batch_size].split(64 * batch_size, dim=1):
-                # gather 64 minibatches at once: fewer calls than one by one, less memory than a whole epoch
-                rows = block.reshape(self.num_members, -1, batch_size).transpose(0, 1).reshape(-1)
-                bx = x.index_select(0, rows).view(-1, self.num_members, batch_size, x.shape[1])
-                by = y.index_select(0, rows).view(-1, self.num_members, batch_size, y.shape[1])
-                for minibatch in zip(bx, by, strict=True):
-                    for p, grad in zip(params, grads(*minibatch), strict=True):
-                        p.grad = grad
-                    opt.step()
+            for rows in indices[:, : len(train) // batch_size * batch_size].split(batch_size, dim=1):
+                for p, grad in zip(params, grads(x[rows], y[rows]), strict=True):
+                    p.grad = grad
+                opt.step()
             mse = self.mse(x[holdout], y[holdout])
             if not mse.isfinite().all():
                 raise InputError("the dynamics model diverged: look for enormous values in observations and rewards")

@@ -32,19 +32,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import InputError, explained, write_text
+from common.checks import unit_warnings
 from common.dataset import OfflineDataset
 from common.download import D4RL
 from common.dynamics import save
 from common.evaluation import evaluate, make_envs
 from common.machine import compiled, exact_products, keep_freed_memory, progress_bar
 from common.terminations import rule_warning
-from common.units import unit_warnings
 
 RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other numbers at 0
     **dict.fromkeys(("seed", "num_threads", "warm_start_updates"), (0, math.inf)),
@@ -166,13 +166,10 @@ def make_folder(args: RunArgs) -> tuple[Path, FileLock]:
     name = f"{folder_name(args.dataset)}__{algo(type(args))}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(args.resume or Path(args.run_dir, args.run_name or name))
     lock = FileLock(folder / ".lock", is_singleton=True)  # the kernel lets go of it when the process dies
-    try:
+    what = f"{folder} is in use by another process, or cannot be written to"
+    with explained(what, "wait for it, or choose another --run-name or --run-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"{folder} is in use by another process: wait for it, or choose another --run-name") from None
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --run-dir") from None
     if not args.resume and (folder / "config.json").exists():
         lock.release()
         raise InputError(f"{folder} holds a run: go on with --resume {folder}, or choose another --run-name")

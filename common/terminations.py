@@ -46,7 +46,8 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "InvertedDoublePendulum": lambda o: ~(tip_height(o) > 1.0),
     **dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "HumanoidStandup"), never),
 }
-# Of the environments' arguments those on which the rules depend: these hold where they are not given.
+# Of the environments' arguments those on which the rules depend: these hold where they are not given, nor a path to an
+# xml_file. A bare name is one of gymnasium's own.
 DECIDES = re.compile("healthy_[a-z]+_range|terminate_when_unhealthy|exclude_current_positions_from_observation")
 
 
@@ -56,15 +57,12 @@ def known_rule(spec: EnvSpec | None) -> tuple[Callable[[Tensor], Tensor] | None,
         return None, "the data name no environment"
     if (name := gym_class(spec)) not in RULES:
         return None, f"{spec.id} is not in the table"
-    if (rule := RULES[name]) is never:
-        return rule, f"{spec.id} is in the table"
-    for key, value in spec.kwargs.items():
-        if DECIDES.fullmatch(key) or (key == "xml_file" and os.path.dirname(value)):  # a bare name is gymnasium's file
-            return None, f"{spec.id} was made with {key}={value}"
-    for wrapper in spec.additional_wrappers:
-        if "Observation" in wrapper.name:
-            return None, f"{spec.id} is wrapped in {wrapper.name}"
-    return rule, f"{spec.id} is in the table"
+    is_other = lambda key, value: DECIDES.fullmatch(key) or (key == "xml_file" and os.path.dirname(value))  # noqa: E731
+    changes = [f"was made with {key}={value}" for key, value in spec.kwargs.items() if is_other(key, value)]
+    changes += [f"is wrapped in {x.name}" for x in spec.additional_wrappers if "Observation" in x.name]
+    if changes and RULES[name] is not never:
+        return None, f"{spec.id} {changes[0]}"
+    return RULES[name], f"{spec.id} is in the table"
 
 
 def rule_warning(data: OfflineDataset) -> str:

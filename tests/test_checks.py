@@ -1,4 +1,4 @@
-"""common/checks.py, common/units.py: rows that cannot be what they claim are refused, mended or dropped, and said."""
+"""common/checks.py, and units: rows that cannot be what they claim are refused, mended or dropped, and said."""
 
 import os
 from dataclasses import replace
@@ -12,8 +12,8 @@ from minari.data_collector import EpisodeBuffer
 
 from benchmarks.collect import record_random
 from common import InputError
+from common.checks import unit_warnings
 from common.dataset import DEFAULT_DATASET, load_dataset
-from common.units import unit_warnings
 
 LIMIT = 40
 TENSORS = ("obs", "action", "reward", "next_obs", "terminal", "successor_known", "episode_end")

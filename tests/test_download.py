@@ -72,7 +72,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def publish(monkeypatch, name: str, content: bytes) -> None:
-    monkeypatch.setitem(D4RL, name, (len(content), hashlib.sha256(content).hexdigest()[:16]))
+    monkeypatch.setitem(D4RL, name, hashlib.sha256(content).hexdigest()[:16])
 
 
 def files(folder: Path) -> list[str]:
@@ -130,14 +130,6 @@ def test_what_is_not_the_file_is_deleted_and_the_next_try_succeeds(content, serv
     assert "invalid hash value" in message and "run the same command" in message and files(folder) == []
     server.content, server.mode = CONTENT, "whole"
     assert d4rl_file(NAME).read_bytes() == CONTENT
-
-
-def test_local_file_of_the_wrong_size_is_reported_and_kept(server, folder):
-    folder.mkdir()
-    (folder / FILE).write_bytes(b"mine")
-    message = refusal()
-    assert f"{folder / FILE} has 4 bytes but D4RL's file has 500,000" in message and "move it away" in message
-    assert (folder / FILE).read_bytes() == b"mine" and server.paths == []
 
 
 def test_without_network_the_sentence_comes_at_once_and_says_where_it_looked(folder, monkeypatch):
