@@ -133,7 +133,7 @@ def find_limits(rows: Rows, limit: int | None) -> list[str]:
 def unit_warnings(data) -> list[str]:
     """At most one sentence on columns of `data`, an OfflineDataset, from which unscaled networks learn badly."""
     mean, std = data.obs_mean, data.obs_std
-    if mean is None or (data.obs_scale != 1).any():
+    if (data.obs_scale != 1).any():
         return []
     offset = (np.abs(mean) > 10 * std) & (np.abs(mean) > 2)  # a hopper's height is 1.2 +- 0.02, and not to blame
     bad = np.flatnonzero((std > 0) & (offset | (std > 100) | (std < 0.01)))

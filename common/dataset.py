@@ -74,17 +74,15 @@ class OfflineDataset:
     env_spec: EnvSpec | None  # environment to evaluate in: gym.make(env_spec)
     ref_scores: tuple[float, float] | None  # (random, expert): the returns that score 0 and 100
     data_hash: str  # hex, of the contents of all arrays and the box: the same wherever the data lie
-    obs_shift: np.ndarray | None = None  # (obs_dim,) float64; obs = (what the environment shows - shift) / scale
-    obs_scale: np.ndarray | None = None
-    obs_mean: np.ndarray | None = None  # (obs_dim,) float64, of obs
-    obs_std: np.ndarray | None = None  # exactly 0 for constants
-    ordered: bool = True  # False: the rows follow no order, whatever needs episodes is refused
-    cut_rows: Tensor | None = None  # (num_cut,) where the next row was dropped, though it has the next action:
-    cut_action: Tensor | None = None  # (num_cut, action_dim)
+    obs_shift: np.ndarray  # (obs_dim,) float64; obs = (what the environment shows - shift) / scale
+    obs_scale: np.ndarray
+    obs_mean: np.ndarray  # (obs_dim,) float64, of obs
+    obs_std: np.ndarray  # exactly 0 for constants
+    ordered: bool  # False: the rows follow no order, whatever needs episodes is refused
+    cut_rows: Tensor  # (num_cut,) where the next row was dropped, though it has the next action:
+    cut_action: Tensor  # (num_cut, action_dim)
 
     def __post_init__(self):
-        if self.obs_shift is None:
-            self.obs_shift, self.obs_scale = np.zeros(self.obs.shape[1]), np.ones(self.obs.shape[1])
         self.rescaled = bool(self.obs_shift.any() or (self.obs_scale != 1).any())
         if not self.ordered:
             self.episode_end = self.episode_returns = NoEpisodes()
@@ -108,8 +106,7 @@ class OfflineDataset:
     def next_action(self) -> tuple[Tensor, Tensor]:
         """The action logged one step later (N, action_dim) and where there is one, (N,): not where episodes end."""
         action, known = self.action.roll(-1, dims=0), self.episode_end.logical_not()
-        if self.cut_rows is not None:
-            action[self.cut_rows], known[self.cut_rows] = self.cut_action, True
+        action[self.cut_rows], known[self.cut_rows] = self.cut_action, True
         return action, known
 
     def normalised_score(self, returns: float | np.ndarray) -> float | np.ndarray:
@@ -373,21 +370,19 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> Rows:
     parts, keys = [], ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
     with _readable(path):
         for episode in dataset:
-            obs, num_steps = episode.observations, len(episode.rewards)
+            obs = episode.observations
             if isinstance(obs, dict):
                 obs = np.concatenate([obs[key] for key in sorted(obs)], axis=1)  # (num_steps + 1, obs_dim)
-            part = obs[:-1], obs[1:], episode.actions, episode.rewards, episode.terminations, episode.truncations
-            if {*map(len, part)} != {num_steps}:
-                counts = f"{len(obs)} observations for {num_steps} rewards, or other counts that do not fit"
-                raise InputError(f"Episode {episode.id} in {path} has {counts}: get another version of it.")
-            parts.append(part)
-        lengths = [len(obs) for obs, *_ in parts]
-        if sum(lengths) != dataset.total_steps:
-            counts = f"{dataset.total_steps} steps and holds {sum(lengths)}"
-            raise InputError(f"{path} promises {counts}: delete it and get it again.")
+            flags = episode.terminations, episode.truncations
+            parts.append((obs[:-1], obs[1:], episode.actions, episode.rewards, *flags))
+        lengths = np.array([[*map(len, part)] for part in parts])  # (num_episodes, len(keys))
+        if (lengths != lengths[:, :1]).any() or lengths[:, 0].sum() != dataset.total_steps:
+            what = f"{path} is not whole, an episode lacks observations, actions, rewards or flags"
+            raise InputError(f"{what}, or the {dataset.total_steps} steps are {lengths[:, 0].sum()}: get it again.")
         rows = {key: _read_array(np.concatenate(arrays), key, path) for key, *arrays in zip(keys, *parts)}
-    ends = np.isin(np.arange(1, sum(lengths) + 1), np.cumsum(lengths))  # also where an episode has neither flag
-    return _checked(rows, path) | {"episode_end": ends}
+    rows = _checked(rows, path)
+    # also where an episode has neither flag
+    return rows | {"episode_end": np.isin(np.arange(1, len(rows["rewards"]) + 1), np.cumsum(lengths[:, 0]))}
 
 
 def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bool) -> Rows:
@@ -464,10 +459,8 @@ def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     return env_spec, obs_space, env.action_space
 
 
-def _flattened(
-    env_spec: EnvSpec | None, obs_space: gym.Space, action_space: gym.Space, name: str
-) -> tuple[EnvSpec | None, gym.Space]:
-    """Where observations are dictionaries of float vectors: the flat space, and the spec of an environment with it.
+def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space, action_space: gym.Space, name: str) -> tuple:
+    """Where observations are dictionaries of float vectors: the spec of an environment with a flat space, and that.
 
     Raises InputError where observations or actions are no vectors.
     """

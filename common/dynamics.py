@@ -3,10 +3,6 @@
 Every member predicts a diagonal Gaussian over (next_obs - obs, reward) from (obs, action). Inputs and targets are
 standardised inside, so that units do not matter; what goes in and comes out is in the data's units. All members are
 computed in one batched product. The ensemble knows no method: penalties, thresholds, halting belong to the scripts.
-
-    load_or_fit         a cache, so that twenty runs on one dataset fit the ensemble once
-    Dynamics.predict    every member at every row, differentiable in obs and action
-    Dynamics.step       one sampled transition per row, by one elite per row, with or without what all members say
 """
 
 import hashlib
@@ -206,9 +202,7 @@ def cache_file(kind: str, key: list) -> Path:
 
 
 @contextmanager
-def kept(
-    file: Path, what: str, device: torch.device, seed: int, make: Callable[[], dict]
-) -> Iterator[tuple[dict, str]]:
+def kept(file: Path, what: str, device: torch.device, seed: int, make: Callable[[], dict]) -> Iterator[tuple]:
     """The state in `file`, where make()'s is put unless it is there or another process makes it, and what happened.
 
     Random numbers depend on the seed alone inside, and nobody else's on them. Raises InputError when the file is no

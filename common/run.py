@@ -1,9 +1,6 @@
 """What a run records and how it is watched: settings, folder, curves, checkpoints, divergence.
 
 Nothing here decides what a policy becomes; device, threads and compiling move its last digits.
-
-    read_args      a script's defaults, then TUNED or the resumed run's settings, then the command line
-    Run            .open, .compiled, .updates (the loop: bar, checkpoints, Ctrl-C), .note, .evaluate, .finish
 """
 
 import csv

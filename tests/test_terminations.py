@@ -38,7 +38,10 @@ def dataset(obs, action, next_obs, terminal, env_spec=None, **more) -> OfflineDa
     every_row, box = torch.ones(len(tensors[0]), dtype=torch.bool), np.ones(tensors[1].shape[1])
     fields |= dict(name="", source="", reward=torch.zeros(len(every_row)), data_hash="", env_spec=env_spec)
     fields |= dict(successor_known=every_row, episode_end=every_row.clone(), episode_returns=np.zeros(len(every_row)))
-    return OfflineDataset(**fields, action_low=-box, action_high=box, ref_scores=None, **more)
+    zero = np.zeros(tensors[0].shape[1])
+    fields |= dict(obs_shift=zero, obs_scale=zero + 1, obs_mean=zero, obs_std=zero + 1, ordered=True)
+    fields |= dict(cut_rows=torch.zeros(0, dtype=torch.long), cut_action=torch.zeros(0, len(box)))
+    return OfflineDataset(**fields | dict(action_low=-box, action_high=box, ref_scores=None) | more)
 
 
 def record(env_id: str, num_steps: int):
