@@ -71,12 +71,6 @@ def find_ends(rows: Rows) -> list[str]:
         return [f"{unlike}, or record next_observations"] if len(i) > 1000 and near > 0.92 * far else []
     off = inside[(next_obs[:-1] != obs[1:]).any(axis=1)[inside]]
     if len(off) > len(inside) / 10:  # too many to be ends
-        for k in range(2, 65):
-            i = some(inside[inside < n - k])
-            if len(i) >= FEWEST and (next_obs[i] == obs[i + k]).all(axis=1).mean() > 0.9:
-                order = np.argsort(np.arange(n) % k, kind="stable")
-                rows |= {key: array[order] for key, array in rows.items()}
-                return [f"has the rows of {k} environments in turn: they are put one after the other", *find_ends(rows)]
         near, far = (size(next_obs[off] - obs[j + 1], std) for j in (off, rng.permutation(off)))
         usual, other = np.median(near), np.median(far)
         if usual < 0.1 * other:
@@ -84,8 +78,7 @@ def find_ends(rows: Rows) -> list[str]:
             return [f"has next_observations about {usual:.1g} deviations off the next row: taken for rounding or noise"]
         if len(off) > len(inside) / 2:
             rows["unordered"] = np.array(True)
-            hint = "record each environment's rows one after the other where a method needs episodes"
-            return [f"has rows that follow no order, {len(off):,} of {n:,} do not lead to the next one: {hint}"]
+            return [f"has rows that follow no order, {len(off):,} of {n:,} do not lead to the next: it has no episodes"]
     ends[off] = True
     return []
 

@@ -180,17 +180,15 @@ def load_dataset(
         if space is not None and space.shape != array.shape[1:]:
             counts = f"{array.shape[1]} numbers but {env_id or 'its own space'} has {space.shape[0]}"
             raise InputError(f"{name} has {what} of {counts}: choose the environment of the recording (--env-id).")
-    if action_space is None:  # nothing known about the environment: assume D4RL's convention
-        action_space = gym.spaces.Box(-1.0, 1.0, (action.shape[1],))
+    action_space = action_space or gym.spaces.Box(-1.0, 1.0, (action.shape[1],))  # else D4RL's convention
     low, high = _scale_to_unit_box(action, action_space, name)
     data_hash = hashlib.blake2b(str(arrays["data_hash"]).encode() + low.tobytes() + high.tobytes(), digest_size=16)
     arrays |= {"action": action[:num_rows], "cut_action": action[num_rows:]}
-    tensors = (*HASHED[:-1], "cut_rows", "cut_action")
+    tensors = {key: torch.from_numpy(arrays[key]).to(device) for key in (*HASHED[:-1], "cut_rows", "cut_action")}
     return OfflineDataset(
-        name=name, source=source, **{key: torch.from_numpy(arrays[key]).to(device) for key in tensors},
-        episode_returns=arrays["episode_returns"], action_low=low, action_high=high,
-        env_spec=env_spec, ref_scores=ref_scores, data_hash=data_hash.hexdigest(), ordered=bool(arrays["ordered"]),
-        **{key: arrays[key] for key in ("obs_shift", "obs_scale", "obs_mean", "obs_std")},
+        name=name, source=source, **tensors, action_low=low, action_high=high, env_spec=env_spec,
+        ref_scores=ref_scores, data_hash=data_hash.hexdigest(), ordered=bool(arrays["ordered"]),
+        **{key: arrays[key] for key in ("episode_returns", "obs_shift", "obs_scale", "obs_mean", "obs_std")},
     )  # fmt: skip
 
 
@@ -204,7 +202,7 @@ def _find(name: str) -> Path:
         if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
     if parts := sorted(filter(_is_flat, path.iterdir())) if name and os.path.isdir(path) else []:
-        how = "join them into one file, key by key with np.concatenate, and set `timeouts` in the last row of each"
+        how = "join them into one file, with `timeouts` in the last row of each"
         raise InputError(f"{path} holds {len(parts)} data files, such as {parts[0].name}: {how}.")
     return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
 
@@ -224,8 +222,7 @@ def _download(name: str) -> Path:
     root = minari_folder()
     local = sorted(str(file.parents[1].relative_to(root)) for file in root.glob("[!.]*/**/data/metadata.json"))
     what = f"No dataset {name!r}: it is no file or folder, not in {root} ({', '.join(local) or 'none'})"
-    hint = f"correct the name, or run `minari download {name}` where there is a network and copy the folder to"
-    hint = f"{hint} {root / name}, or set MINARI_DATASETS_PATH to where it lies"
+    hint = f"correct the name, or `minari download {name}` where there is a network and copy it to {root / name}"
     # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
     part = tempfile.TemporaryDirectory(dir=root, prefix=".downloading-")
     with explained(f"{what}, and its download failed", hint), FileLock(root / ".downloading.lock"), part as folder:
@@ -327,8 +324,7 @@ def _checked(rows: Rows, path: Path) -> Rows:
 def _read_array(stored: h5py.Dataset | np.ndarray, key: str, path: Path) -> np.ndarray:
     """Returns (n, dim) for observations, actions and next_observations, else (n,); observations may be float64."""
     if stored.dtype.kind not in ("f" if key == "actions" else "fiub"):
-        hint = "store one array of numbers, such as np.array(rows, np.float32); discrete actions are not supported"
-        raise InputError(f"{path} has {key} of type {stored.dtype}: {hint}.")
+        raise InputError(f"{path} has {key} of type {stored.dtype}: store one array of numbers, no discrete actions.")
     is_vector = key in ("observations", "actions", "next_observations")
     if len(stored.shape) != 1 and not (len(stored.shape) == 2 and (is_vector or stored.shape[1] == 1)):
         raise InputError(f"{path} has {key} of shape {stored.shape}: expected {'(n, dim)' if is_vector else '(n,)'}.")
@@ -346,9 +342,8 @@ def _open_minari(path: Path, name: str, wants_env: bool, trust: bool) -> tuple:
         # Minari makes the environment itself where it misses a space
         may_run = spec and not trust and (wants_env or not {"observation_space", "action_space"} <= metadata.keys())
         if may_run and (unknown := _unknown_code(spec)):
-            code = f"{name} would run code: entry point {', '.join(unknown)}"
-            hint = "install the package that registers it, give --trust if you trust its author"
-            raise InputError(f"{code}; {hint}, or name another environment by --env-id.")
+            hint = "install its package, give --trust if you trust its author, or name another environment by --env-id"
+            raise InputError(f"{name} would run code: entry point {', '.join(unknown)}; {hint}.")
         minari_set = minari.MinariDataset(path)
         scores = (metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
         low, high = (np.nan if score is None else float(score) for score in scores)
@@ -377,8 +372,9 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> Rows:
             parts.append((obs[:-1], obs[1:], episode.actions, episode.rewards, *flags))
         lengths = np.array([[*map(len, part)] for part in parts])  # (num_episodes, len(keys))
         if (lengths != lengths[:, :1]).any() or lengths[:, 0].sum() != dataset.total_steps:
-            what = f"{path} is not whole, an episode lacks observations, actions, rewards or flags"
-            raise InputError(f"{what}, or the {dataset.total_steps} steps are {lengths[:, 0].sum()}: get it again.")
+            raise InputError(
+                f"{path} is not whole, its arrays or {dataset.total_steps} steps do not fit: get it again."
+            )
         rows = {key: _read_array(np.concatenate(arrays), key, path) for key, *arrays in zip(keys, *parts)}
     rows = _checked(rows, path)
     # also where an episode has neither flag
@@ -454,8 +450,7 @@ def make_spaces(env_id: str) -> tuple[EnvSpec, gym.Space, gym.Space]:
     env.close()
     env_spec, obs_space = _flattened(gym.spec(env.spec.id), env.observation_space, env.action_space, env_id)
     if not env.action_space.is_bounded():  # RescaleAction needs bounds, ClipAction takes them away
-        how = "wrap it in TransformAction with a Box that has bounds (RescaleAction and ClipAction want them already)"
-        raise InputError(f"{env_id} has actions in {env.action_space}, without bounds: {how}.")
+        raise InputError(f"{env_id} has actions without bounds: wrap it in TransformAction with a Box that has bounds.")
     return env_spec, obs_space, env.action_space
 
 
@@ -475,8 +470,7 @@ def _flattened(env_spec: EnvSpec | None, obs_space: gym.Space, action_space: gym
             env_spec = replace(env_spec, additional_wrappers=wrappers)
     for what, space in (("observations", obs_space), ("actions", action_space)):
         if not is_vector(space):
-            kinds = "only vectors, as observations also dictionaries of float vectors, but not discrete or image"
-            raise InputError(f"{name} has {what} in {space}: {kinds}.")
+            raise InputError(f"{name} has {what} in {space}: only (dictionaries of) vectors, not discrete or image.")
     return env_spec, obs_space
 
 

@@ -48,9 +48,6 @@ RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other n
     **dict.fromkeys(("gamma", "tau", "real_ratio", "expectile", "top_fraction", "policy_share", "gae_lambda"), (0, 1)),
     "target_entropy": (-math.inf, math.inf), "momentum": (0, 0.999), "init_std": (1e-3, math.inf),
 }  # fmt: skip
-# what may change when a run goes on; other data are noticed by their hash
-FREE = {"dataset", "eval_interval", "eval_episodes", "score_evals", "checkpoint_interval", "num_threads", "device"}
-FREE |= {"compile", "trust", "preset", "resume", "num_updates"}
 PATHS = ("dataset", "dynamics", "policy", "run_dir", "resume")
 
 
@@ -130,9 +127,11 @@ def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
     name = flag[2:].replace("-", "_")
     if name in ("env_id", "termination") and ":" in before and not args.trust:
         raise InputError(f"this run imports {before} ({flag}), code of whoever made the folder: give --trust to run it")
+    # what only watches a run may change when it goes on, but not its folder; other data are noticed by their hash
+    free = {field.name for field in fields(RunArgs)} - {"run_dir", "run_name"} | {"dataset", "num_updates"}
     scheduled = getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")
     spans = name == "num_updates" and scheduled
-    if value != before and (spans or name not in FREE):
+    if value != before and (spans or name not in free):
         why = "its schedules span them" if spans else "cannot change on the way"
         raise InputError(f"{flag} is {before!r} in this run and {why}: leave it out or start anew")
 
@@ -153,14 +152,10 @@ def algo(Args: type[RunArgs]) -> str:
     return Path(sys.modules[Args.__module__].__file__).stem
 
 
-def folder_name(dataset: str) -> str:
-    """The dataset as a part of a folder's name: visible and without slashes, also for ../log.npz and ~/log.npz."""
-    return dataset.lstrip("./~").rstrip("/").replace("/", "-")
-
-
 def make_folder(args: RunArgs) -> tuple[Path, FileLock]:
     """A new folder for a new run, the old one for a resumed run, and the lock that keeps other processes out of it."""
-    name = f"{folder_name(args.dataset)}__{algo(type(args))}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    dataset = args.dataset.lstrip("./~").rstrip("/").replace("/", "-")  # visible, also for ../log.npz and ~/log.npz
+    name = f"{dataset}__{algo(type(args))}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(args.resume or Path(args.run_dir, args.run_name or name))
     lock = FileLock(folder / ".lock", is_singleton=True)  # the kernel lets go of it when the process dies
     what = f"{folder} is in use by another process, or cannot be written to"
@@ -294,9 +289,9 @@ class Run:
         bad = [name for name, x in state.items() if isinstance(x, Tensor) and not x.isfinite().all()]
         if bad or any(map(math.isinf, values.values())):
             names = ", ".join([name for name, value in values.items() if not math.isfinite(value)] + bad[:1])
-            cause = "look for enormous rewards or observations, or lower the learning rates and coefficients"
-            where = f"training has diverged by update {self.progress['update']:,}: {names} not finite"
-            raise InputError(f"{where}; {cause}; {self._last_checkpoint()}")
+            what = f"training has diverged by update {self.progress['update']:,}: {names} not finite"
+            hint = "look for enormous rewards or observations, or lower the learning rates and coefficients"
+            raise InputError(f"{what}; {hint}; {self._last_checkpoint()}")
 
     def _compare(self, values: dict[str, float]) -> None:
         """Warns, once, of a penalty that outweighs the rewards, of rollouts of one step, of Q values out of reach."""

@@ -625,7 +625,7 @@ def test_action_widths_that_do_not_fit_give_a_sentence(tmp_path):
     (dict(obs_space=Box(-9, 9, (2,)), action_space=Discrete(3)), "Discrete"),
     (dict(obs_space=Dict(a=Box(-9, 9, (2,)), b=Discrete(3)), action_space=Box(-1, 1, (1,))), "Discrete.* not discrete"),
     (dict(obs_space=Dict(a=Box(0, 255, (4, 4), np.uint8)), action_space=Box(-1, 1, (1,))), "not discrete or image"),
-    (dict(obs_space=Dict(a=Dict(b=Box(-9, 9, (2,)))), action_space=Box(-1, 1, (1,))), "only vectors"),
+    (dict(obs_space=Dict(a=Dict(b=Box(-9, 9, (2,)))), action_space=Box(-1, 1, (1,))), "only .* vectors"),
 ])  # fmt: skip
 def test_minari_spaces_that_are_not_supported_give_a_sentence(spaces, words):
     write_minari("toy/a-v0", [], **spaces)
@@ -640,9 +640,9 @@ def test_unbounded_minari_box_is_replaced_by_the_one_of_env_id():
 
 
 @pytest.mark.parametrize("case, words", [
-    ("T observations", "not whole, an episode lacks observations"),
+    ("T observations", "not whole, its arrays"),
     ("nan", "NaN or infinite observations in row 4"),
-    ("step count", "the 13 steps are 12"),
+    ("step count", "not whole, .* 13 steps"),
     ("cut", "Cannot read"),
     ("no data", "Cannot read"),
     ("no steps", "Cannot read"),
@@ -751,7 +751,7 @@ def test_trust_runs_what_the_data_name(tmp_path, monkeypatch):
 
 def test_a_package_that_is_missing_is_named_and_with_trust_costs_only_the_environment():
     write_pendulum(entry_point="no_such_package.envs:Env", id="Maze-v0", kwargs={"maze_map": [[1, 0]]})
-    with pytest.raises(InputError, match="install the package that registers it"):
+    with pytest.raises(InputError, match="install its package"):
         load_dataset("toy/pendulum-v0")
     data = load_dataset("toy/pendulum-v0", trust=True)
     assert len(data.obs) == 8 and data.env_spec.id == "Maze-v0"
@@ -785,7 +785,7 @@ def test_settings_and_gymnasiums_own_wrappers_of_a_registered_environment_are_ta
 @pytest.mark.parametrize("value", [[12], "many", "", -1, True, 1.5, None])
 def test_counts_that_are_none_give_a_sentence(key, value):
     change_metadata(write_small_minari(), **{key: value})
-    with pytest.raises(InputError, match="Cannot read|not whole, .* steps are"):
+    with pytest.raises(InputError, match="Cannot read|not whole"):
         load_dataset("toy/small-v0")
 
 

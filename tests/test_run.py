@@ -32,7 +32,7 @@ import common.run
 from common import InputError, machine
 from common.dataset import load_dataset
 from common.evaluation import evaluate, load_policy, make_envs
-from common.run import folder_name, read_args
+from common.run import read_args
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -530,8 +530,11 @@ def test_a_folder_in_use_has_one_winner(run):
         ("folder/", "folder"),
     ],
 )
-def test_no_run_folder_is_hidden(dataset, name):
-    assert folder_name(dataset) == name
+def test_no_run_folder_is_hidden(dataset, name, tmp_path):
+    args = mopo.Args(dataset=dataset, run_dir=str(tmp_path))
+    folder, lock = common.run.make_folder(args)
+    lock.release()
+    assert folder.parent == tmp_path and folder.name.startswith(f"{name}__mopo__0__")
 
 
 def test_a_tilde_is_the_home_directory_also_where_no_shell_expands_it(tmp_path, monkeypatch):
