@@ -19,6 +19,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,7 +31,7 @@ from benchmarks.files import start, write_text  # noqa: E402
 from benchmarks.film import Args, policy_of, run_folders  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
-from common.evaluation import call, make_envs  # noqa: E402
+from common.evaluation import call, make_env  # noqa: E402
 from common.machine import exact_products  # noqa: E402
 
 
@@ -89,7 +90,10 @@ def main(args: Args) -> None:
             num, seed, update = (int(settings[name]) for name in names)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder / 'config.json'} lacks a setting, or it is damaged ({error!r})") from None
-        envs = make_envs(data, num)
+        envs = [make_env(data)]
+        with suppress(InputError):  # where the simulator allows no more
+            while len(envs) < num:
+                envs.append(make_env(data))
         rows = displace(policy, envs, data, [seed, update], num)
         for env in envs:
             env.close()

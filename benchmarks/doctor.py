@@ -28,7 +28,7 @@ from benchmarks.files import HomePaths, one_line, safe, start, write_text  # noq
 from common import InputError  # noqa: E402
 from common.checks import examine, unit_warnings  # noqa: E402
 from common.dataset import MOST_STEPS, OfflineDataset, _read_flat, gym_class, load_dataset  # noqa: E402
-from common.evaluation import make_envs  # noqa: E402
+from common.evaluation import make_env  # noqa: E402
 from common.terminations import rule_warning  # noqa: E402
 
 SERIOUS, LOOK, FINE, UNKNOWN = "SERIOUS", "look at", "fine", "unknown"
@@ -349,7 +349,7 @@ def physics(log: Log) -> list[Finding]:
     if log.data.env_spec is None:
         return [Finding(UNKNOWN, "physics", "no environment to compare with: give it by --env-id if there is one")]
     try:
-        (env,) = make_envs(log.data, 1)  # and tries it, as every start does
+        env = make_env(log.data)  # and tries it, as every start does
     except InputError as error:
         return [Finding(SERIOUS, "environment", str(error))]
     try:

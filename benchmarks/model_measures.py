@@ -13,7 +13,7 @@ from algos import mopo, morel  # noqa: E402
 from benchmarks.doctor import OTHER, PHYSICS, setter  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
-from common.evaluation import make_envs  # noqa: E402
+from common.evaluation import make_env  # noqa: E402
 
 ROWS, FEWEST = 2_000, 50  # sequences of recorded steps at most; fewer tell nothing
 COMMON = 0.1  # of the rows begin one: else the few longest episodes would stand for all
@@ -132,7 +132,7 @@ def world_of(data: OfflineDataset, rows: Tensor) -> Callable[[Tensor, Tensor], n
         return "no environment is known: give it by --env-id if there is one"
     name = data.env_spec.id
     try:
-        (env,) = make_envs(data, 1)
+        env = make_env(data)
         if (known := setter(env, env.reset(seed=0)[0])) is None:
             return f"the state of {name} cannot be set from an observation: believe only what is on the data"
         put, num = known

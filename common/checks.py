@@ -14,8 +14,7 @@ class NoEpisodes:
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        hint = "record each environment's rows one after the other, or choose a method or setting without episodes"
-        raise InputError(f"The data's rows follow no order and so have no episodes, which are needed here: {hint}.")
+        raise InputError("The data's rows follow no order, so have no episodes: record one environment after another.")
 
 
 def examine(rows: Rows, source: str, limit: int | None) -> list[str]:
@@ -103,9 +102,8 @@ def drop_resets(rows: Rows) -> list[str]:
     if next_obs is None or here <= most:
         return []
     rows["lost"] = flags  # also those that no start follows in the file
-    counts = [f"{rows[key].sum():,} {key}" for key in ("terminals", "timeouts")]
-    what = f"has starts for next_observations of its ends: {counts[0]} lack a successor, {counts[1]} are dropped"
-    return [f"{what}; record the final observation, as vector environments have it in their infos"]
+    counts = f"{rows['terminals'].sum():,} terminals lack a successor, {rows['timeouts'].sum():,} timeouts are dropped"
+    return [f"has starts for next_observations of its ends: {counts}; record the final observation, of the infos"]
 
 
 def find_limits(rows: Rows, limit: int | None) -> list[str]:
@@ -130,7 +128,6 @@ def unit_warnings(data) -> list[str]:
         return []
     offset = (np.abs(mean) > 10 * std) & (np.abs(mean) > 2)  # a hopper's height is 1.2 +- 0.02, and not to blame
     bad = np.flatnonzero((std > 0) & (offset | (std > 100) | (std < 0.01)))
-    columns = [f"{i} (mean {mean[i]:.3g}, deviation {std[i]:.2g})" for i in bad[:5]]
-    columns += [f"{len(bad) - 5} more"] if len(bad) > 5 else []
+    columns = [f"{i} (mean {mean[i]:.3g}, deviation {std[i]:.2g})" for i in bad[:5]] + ["..."] * (len(bad) > 5)
     hint = "far from mean 0 and deviation 1, and networks see them as they are: try --standardise-obs"
     return [f"observations are in columns {', '.join(columns)} {hint}"] if columns else []

@@ -137,9 +137,8 @@ class Dynamics(nn.Module):
         """Maximum likelihood on x (N, obs_dim + action_dim), y (N, obs_dim + 1) = (next_obs - obs, reward).
 
         A member's weights are kept whenever its holdout error falls by more than 1 %; the fit stops when no member has
-        improved for more than `patience` epochs [MOPO code], or after `max_epochs`. `compile` wraps the function that
-        computes the gradients. Returns the number of epochs. Raises InputError when data are too few or the fit
-        diverges.
+        improved for more than `patience` epochs [MOPO code], or after `max_epochs`. `compile` wraps what computes the
+        gradients. Returns the number of epochs. Raises InputError when data are too few or the fit diverges.
         """
         if len(x) < 10:
             raise InputError(f"a dynamics model needs 10 transitions with a known successor or more, not {len(x)}")

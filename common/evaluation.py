@@ -1,5 +1,6 @@
 """The policy of a run, loaded, and its return in the real environment, whatever that environment does."""
 
+import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -51,46 +52,33 @@ def call(env: gym.Env, method: str, *given, **named) -> tuple:
         return result
 
 
-def make_envs(data: OfflineDataset, num_envs: int) -> list[gym.Env]:
-    """To evaluate in, each tried by a reset and the first by a step; none where the data name none.
-
-    Fewer than `num_envs` where the simulator allows no more.
-    """
+def make_env(data: OfflineDataset) -> gym.Env | None:
+    """To evaluate in, tried by a reset and a step; None where the data name none. Raises InputError where it fails."""
     if data.env_spec is None:
         print("evaluation  none, the data name no environment: give --env-id to evaluate in one")
-        return []
-    envs, hint = [], "install its package, or give --env-id"
-    try:
-        while len(envs) < num_envs:
-            with explained(f"cannot make {data.env_spec.id}", hint):
-                env = gym.make(data.env_spec)
-            call(env, "reset", seed=0)
-            envs.append(env)
-    except InputError as error:
-        if not envs:
-            raise
-        print(f"evaluation  only {len(envs)} of {data.env_spec.id} at a time ({error.__cause__})")
-    call(envs[0], "step", data.to_env_action(np.zeros(len(data.action_low), np.float32)))
-    return envs
+        return None
+    with explained(f"cannot make {data.env_spec.id}", "install its package, or give --env-id"):
+        env = gym.make(data.env_spec)
+    call(env, "reset", seed=0)
+    call(env, "step", data.to_env_action(np.zeros(len(data.action_low), np.float32)))
+    return env
 
 
 @torch.no_grad()
-def evaluate(policy, envs: list[gym.Env], data: OfflineDataset, seed: list[int], num_episodes: int) -> np.ndarray:
-    """Undiscounted returns (num_episodes,) of the deterministic policy, as many episodes at a time as there are envs.
+def evaluate(policy, env: gym.Env, data: OfflineDataset, seed: list[int], num_episodes: int) -> np.ndarray:
+    """Undiscounted returns (num_episodes,) of the deterministic policy.
 
     The start states follow from `seed` alone and torch's random numbers are not touched: evaluating more often changes
     nothing else.
     """
-    seeds, returns = np.random.SeedSequence(seed).generate_state(num_episodes).tolist(), np.zeros(num_episodes)
-    for first in range(0, num_episodes, len(envs)):
-        obs = [call(env, "reset", seed=seed)[0] for env, seed in zip(envs, seeds[first:])]
-        running = set(range(len(obs)))
-        while running:
-            x = torch.as_tensor(data.to_obs(np.stack(obs)), device=data.obs.device)
-            action = data.to_env_action(policy.act(x).cpu().numpy())
-            for i in sorted(running):
-                obs[i], reward, terminated, truncated, _ = call(envs[i], "step", action[i])
-                returns[first + i] += np.asarray(reward).item()  # also of shape (1,)
-                if terminated or truncated:
-                    running.remove(i)
+    returns = np.zeros(num_episodes)
+    if data.obs.device.type != "cpu":
+        policy = copy.deepcopy(policy).cpu()  # which is faster there for one state at a time
+    for i, start in enumerate(np.random.SeedSequence(seed).generate_state(num_episodes).tolist()):
+        obs, ends = call(env, "reset", seed=start)[0], False
+        while not ends:
+            action = policy.act(torch.from_numpy(data.to_obs(np.asarray(obs)))[None])[0].numpy()
+            obs, reward, terminated, truncated, _ = call(env, "step", data.to_env_action(action))
+            returns[i] += np.asarray(reward).item()  # also of shape (1,)
+            ends = terminated or truncated
     return returns

@@ -39,7 +39,7 @@ from common.checks import unit_warnings
 from common.dataset import OfflineDataset
 from common.download import D4RL
 from common.dynamics import save
-from common.evaluation import evaluate, make_envs
+from common.evaluation import evaluate, make_env
 from common.machine import compiled, exact_products, keep_freed_memory, progress_bar
 from common.terminations import rule_warning
 
@@ -130,9 +130,8 @@ def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
     # what only watches a run may change when it goes on, but not its folder; other data are noticed by their hash
     free = {field.name for field in fields(RunArgs)} - {"run_dir", "run_name"} | {"dataset", "num_updates"}
     scheduled = getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")
-    spans = name == "num_updates" and scheduled
-    if value != before and (spans or name not in free):
-        why = "its schedules span them" if spans else "cannot change on the way"
+    if value != before and (name not in free or (scheduled and name == "num_updates")):
+        why = "its schedules span them" if name in free else "cannot change on the way"
         raise InputError(f"{flag} is {before!r} in this run and {why}: leave it out or start anew")
 
 
@@ -190,7 +189,7 @@ class Run:
 
     def open(self, data: OfflineDataset, evaluates: bool = True) -> None:
         """Before anything expensive: can the data be what they claim, can the policy be evaluated?"""
-        self.data, self.envs = data, make_envs(data, self.args.eval_episodes) if evaluates else []
+        self.data, self.env = data, make_env(data) if evaluates else None
         print(data.summary())
         units = [] if getattr(self.args, "standardise_obs", True) else unit_warnings(data)  # some scripts always do it
         for warning in filter(None, [rule_warning(data), *units]):
@@ -240,8 +239,7 @@ class Run:
 
     def note(self, **values: Tensor | float) -> None:
         """Numbers for the next rows of progress.csv, until noted again; of several the mean."""
-        means = {name: torch.as_tensor(value, dtype=torch.float64).mean().item() for name, value in values.items()}
-        self.progress["notes"] |= means
+        self.progress["notes"] |= {k: torch.as_tensor(v, dtype=torch.float64).mean().item() for k, v in values.items()}
 
     def evaluates(self) -> bool:
         """Whether an evaluation is due after this update."""
@@ -268,19 +266,20 @@ class Run:
         self._write(lambda: [*(self.writer.add_scalar(*pair, i) for pair in row.items()), self.writer.flush()])
         self._write(write_text, self.folder / "progress.csv", text.getvalue())
         score = "return {return_mean:8.1f} ± {return_std:<6.1f}  normalised {normalised_score:6.1f}  "
-        tqdm.write(f"update {i:>9,}  " + (score * bool(self.envs) + line).format(**row))
+        tqdm.write(f"update {i:>9,}  " + (score * (self.env is not None) + line).format(**row))
         self.mark = i, time.monotonic()
 
     def _returns(self, policy) -> np.ndarray:
         """(eval_episodes,); nan where the environment fails: that costs an evaluation, never the training."""
         try:
-            self.envs = make_envs(self.data, self.args.eval_episodes) if self.envs is None else self.envs
-            if self.envs:
+            if self.env is not None:
                 seed = [self.args.seed, self.progress["update"]]
-                return evaluate(policy, self.envs, self.data, seed, self.args.eval_episodes)
+                return evaluate(policy, self.env, self.data, seed, self.args.eval_episodes)
         except InputError as error:
             tqdm.write(f"warning     update {self.progress['update']:,} is not evaluated: {error}")
-            self.envs = None  # made anew for the next evaluation
+            with suppress(Exception):  # of anybody's environment
+                self.env.close()
+                self.env = make_env(self.data)  # for the next evaluation
         return np.array([math.nan])
 
     def _check_finite(self, values: dict[str, float]) -> None:
@@ -326,11 +325,9 @@ class Run:
         self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
-            failed = f", {n} failed" if (n := np.isnan(returns).sum()) else ""
-            lines = [("score", np.nanmean(returns), f"last {len(returns)} evaluations{failed}")]
-            lines += [("behaviour", data.episode_returns.mean(), "data's episodes")] if data.ordered else []
-            for what, value, of in lines:
-                print(f"{what:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), mean of the {of}")
+            score, failed = np.nanmean(returns), f", {n} failed" if (n := np.isnan(returns).sum()) else ""
+            of = f"last {len(returns)} evaluations{failed}"
+            print(f"score       {score:.1f} (normalised {data.normalised_score(score):.1f}), mean of the {of}")
         print(f"run         {self.folder}\ncurves      tensorboard --logdir {self.args.run_dir}")
 
     # --- Files ---

@@ -46,8 +46,7 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "InvertedDoublePendulum": lambda o: ~(tip_height(o) > 1.0),
     **dict.fromkeys(("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "HumanoidStandup"), never),
 }
-# Of the environments' arguments those on which the rules depend: these hold where they are not given, nor a path to an
-# xml_file. A bare name is one of gymnasium's own.
+# The rules hold where none of these is given, nor an xml_file by its path: a bare name is one of gymnasium's own.
 DECIDES = re.compile("healthy_[a-z]+_range|terminate_when_unhealthy|exclude_current_positions_from_observation")
 
 

@@ -72,7 +72,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def publish(monkeypatch, name: str, content: bytes) -> None:
-    monkeypatch.setitem(D4RL, name, hashlib.sha256(content).hexdigest()[:16])
+    monkeypatch.setitem(D4RL, name, (D4RL[name][0], hashlib.sha256(content).hexdigest()[:16]))
 
 
 def files(folder: Path) -> list[str]:

@@ -31,7 +31,7 @@ import algos.mopo as mopo
 import common.run
 from common import InputError, machine
 from common.dataset import load_dataset
-from common.evaluation import evaluate, load_policy, make_envs
+from common.evaluation import evaluate, load_policy, make_env
 from common.run import read_args
 
 CPU = torch.device("cpu")
@@ -593,7 +593,7 @@ def test_every_script_with_an_ensemble_wants_the_file_that_it_is_given(script, r
 def test_an_environment_whose_package_is_missing_is_refused():
     spec = gym.envs.registration.EnvSpec("Missing-v0", entry_point="no_such_package:Env")
     with pytest.raises(InputError, match="cannot make Missing-v0.*give --env-id"):
-        make_envs(SimpleNamespace(env_spec=spec), 2)
+        make_env(SimpleNamespace(env_spec=spec))
 
 
 @pytest.mark.parametrize("script", ["mopo", "mobile", "combo", "morel", "morel_npg", "sdm_gan"])
@@ -793,9 +793,9 @@ class SeedSpy(gym.Wrapper):
         return self.env.reset(seed=seed)
 
 
-def environments(env_id: str, num: int) -> list[gym.Env]:
+def environment(env_id: str) -> gym.Env:
     SeedSpy.seeds = []
-    return [SeedSpy(gym.make(env_id)) for _ in range(num)]
+    return SeedSpy(gym.make(env_id))
 
 
 def box_data(obs_dim: int, high: float, env_id: str = "") -> SimpleNamespace:
@@ -827,19 +827,18 @@ def hand_loop(env_id: str, actor: mopo.Actor, high: float, seed: int) -> tuple[f
     return total, steps
 
 
-@pytest.mark.parametrize("num_envs", [1, 2, 3])  # as many as the simulator allows
-def test_evaluation_returns_the_undiscounted_return_of_each_episode(num_envs):
+def test_evaluation_returns_the_undiscounted_return_of_each_episode():
     torch.manual_seed(3)
-    actor, envs = mopo.Actor(3, 1, (16, 16)), environments("Pendulum-v1", num_envs)
-    returns = evaluate(actor, envs, box_data(3, 2.0), [0, 500], 3)
+    actor, env = mopo.Actor(3, 1, (16, 16)), environment("Pendulum-v1")
+    returns = evaluate(actor, env, box_data(3, 2.0), [0, 500], 3)
     assert returns.shape == (3,) and len(set(SeedSpy.seeds)) == 3
     expected = [hand_loop("Pendulum-v1", actor, 2.0, seed)[0] for seed in SeedSpy.seeds]
     np.testing.assert_allclose(returns, expected, rtol=1e-5)
 
 
 def test_evaluation_stops_counting_where_an_episode_has_ended():
-    actor, envs = gentle_actor(), environments("InvertedPendulum-v5", 6)
-    returns = evaluate(actor, envs, box_data(4, 3.0), [0, 500], 6)
+    actor, env = gentle_actor(), environment("InvertedPendulum-v5")
+    returns = evaluate(actor, env, box_data(4, 3.0), [0, 500], 6)
     results = [hand_loop("InvertedPendulum-v5", actor, 3.0, seed) for seed in SeedSpy.seeds]
     lengths = [steps for _, steps in results]
     assert len(set(lengths)) > 2 and max(lengths) > min(lengths) + 2  # the others went on, and this one started anew
@@ -847,15 +846,15 @@ def test_evaluation_stops_counting_where_an_episode_has_ended():
 
 
 def test_evaluation_follows_from_its_seed_alone_and_leaves_random_states_alone():
-    actor, envs, data = gentle_actor(), environments("InvertedPendulum-v5", 6), box_data(4, 3.0)
+    actor, env, data = gentle_actor(), environment("InvertedPendulum-v5"), box_data(4, 3.0)
     torch.manual_seed(11)
     np.random.seed(11)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = evaluate(actor, envs, data, [0, 500], 6)
+    first = evaluate(actor, env, data, [0, 500], 6)
     assert torch.equal(torch.get_rng_state(), before) and (np.random.get_state()[1] == numpy_before).all()
     starts = []
     for seed in ([0, 500], [0, 1_000], [1, 500]):
-        again = evaluate(actor, envs, data, seed, 6)
+        again = evaluate(actor, env, data, seed, 6)
         starts.append(tuple(SeedSpy.seeds[-6:]))
         assert (again == first).all() == (seed == [0, 500])
     assert len(set(starts)) == 3
