@@ -204,7 +204,7 @@ class Run:
         if self.resumes:
             self._restore()
         first, last = self.progress["update"], self.args.num_updates
-        self.start -= self.progress["seconds"]
+        self.start, self.saved = self.start - self.progress["seconds"], first
         self.config = json.dumps(self._config(), indent=2)
         self._write(write_text, self.folder / "config.json", self.config)
         self.writer, self.mark = SummaryWriter(self.folder, purge_step=first + 1), (first, time.monotonic())
@@ -325,9 +325,11 @@ class Run:
         self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
-            score, failed = np.nanmean(returns), f", {n} failed" if (n := np.isnan(returns).sum()) else ""
-            of = f"last {len(returns)} evaluations{failed}"
-            print(f"score       {score:.1f} (normalised {data.normalised_score(score):.1f}), mean of the {of}")
+            failed = f", {n} failed" if (n := np.isnan(returns).sum()) else ""
+            means = [("score", np.nanmean(returns), f"last {len(returns)} evaluations{failed}")]
+            means += [("behaviour", data.episode_returns.mean(), "data's episodes")] if data.ordered else []
+            for what, value, of in means:
+                print(f"{what:<11} {value:.1f} (normalised {data.normalised_score(value):.1f}), mean of the {of}")
         print(f"run         {self.folder}\ncurves      tensorboard --logdir {self.args.run_dir}")
 
     # --- Files ---
@@ -353,8 +355,7 @@ class Run:
         command = shlex.join(["python", f"algos/{self.algo}.py", *sys.argv[1:]])
         if self.args.resume:
             config = json.loads((self.folder / "config.json").read_text())
-            was = config["args"]
-            changed = {name: [was.get(name), value] for name, value in args.items() if was.get(name) != value}
+            changed = {n: [was, value] for n, value in args.items() if (was := config["args"].get(n)) != value}
             resumed = {"after_update": self.progress["update"], "command": command, "changed": changed}
             return config | {"args": args, "resumed": [*config.get("resumed", []), resumed]}
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -388,4 +389,3 @@ class Run:
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
         self.progress = state["progress"]
-        self.saved = self.progress["update"]
