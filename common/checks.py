@@ -103,7 +103,7 @@ def drop_resets(rows: Rows) -> list[str]:
         return []
     rows["lost"] = flags  # also those that no start follows in the file
     counts = f"{rows['terminals'].sum():,} terminals lack a successor, {rows['timeouts'].sum():,} timeouts are dropped"
-    return [f"has starts for next_observations of its ends: {counts}; record the final observation, of the infos"]
+    return [f"has starts for next_observations of its ends: {counts}; record the final observation, in the infos"]
 
 
 def find_limits(rows: Rows, limit: int | None) -> list[str]:

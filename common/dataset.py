@@ -46,7 +46,7 @@ MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no tim
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 GYM_KEYS = {"terminals": "terminations terminated terminateds", "timeouts": "truncations truncated truncateds"}
 COARSE = 2.0**-24 / 1e-3  # of the mean: a smaller deviation is less than a thousand of float32's rounding errors
-CACHE_VERSION = 2  # part of every cache key: raise it when the arrays made from the same file change
+CACHE_VERSION = 3  # part of every cache key: raise it when the arrays made from the same file change
 
 
 def _readable(path: Path) -> AbstractContextManager:
@@ -220,11 +220,11 @@ def _download(name: str) -> Path:
     """Downloads a Minari dataset, whole or not at all. Returns its data folder."""
     root = minari_folder()
     local = sorted(str(file.parents[1].relative_to(root)) for file in root.glob("[!.]*/**/data/metadata.json"))
-    what = f"No dataset {name!r}: it is no file or folder, not in {root} ({', '.join(local) or 'none'})"
+    what = f"No dataset {name!r}: no file, no folder, not in {root} ({', '.join(local) or 'none'}), its download failed"
     hint = f"correct the name, or `minari download {name}` where there is a network and copy it to {root / name}"
     # Minari lists no hidden folders: a download that is killed leaves nothing under the dataset's name
-    part = tempfile.TemporaryDirectory(dir=root, prefix=".downloading-")
-    with explained(f"{what}, and its download failed", hint), FileLock(root / ".downloading.lock"), part as folder:
+    lock, hidden = FileLock(root / ".downloading.lock"), {"dir": root, "prefix": ".downloading-"}
+    with explained(what, hint), lock, tempfile.TemporaryDirectory(**hidden) as folder:
         if not (root / name / "data").exists():  # else another process was faster
             with patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
                 minari.download_dataset(name)

@@ -581,7 +581,7 @@ def test_damaged_files_give_a_sentence(suffix, contents, tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("/nowhere/a.hdf5", "Cannot read /nowhere/a.hdf5 .*No such file"),
-    ("/nowhere/folder", "it is no file or folder"),
+    ("/nowhere/folder", "no file, no folder"),
     ("not an id!", "No dataset 'not an id!'"),
     ("", "No dataset ''"),
 ])  # fmt: skip
