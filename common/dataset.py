@@ -46,6 +46,7 @@ MOST_STEPS = 10_000  # of an evaluated episode, where the environment has no tim
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 GYM_KEYS = {"terminals": "terminations terminated terminateds", "timeouts": "truncations truncated truncateds"}
 COARSE = 2.0**-24 / 1e-3  # of the mean: a smaller deviation is less than a thousand of float32's rounding errors
+FLAT = (".hdf5", ".h5", ".npz")
 CACHE_VERSION = 3  # part of every cache key: raise it when the arrays made from the same file change
 
 
@@ -196,18 +197,14 @@ def load_dataset(
 def _find(name: str) -> Path:
     """The file of flat arrays, or the data folder of a Minari dataset, that `name` stands for."""
     path = Path(os.path.expanduser(name))
-    if _is_flat(path) or os.path.isfile(path):
+    if path.suffix.lower() in FLAT or os.path.isfile(path):
         return path
     for find in (lambda: path / "data", lambda: path, lambda: minari_folder() / name / "data"):
         if ((folder := find()) / "main_data.hdf5").exists() or (folder / "metadata.json").exists():
             return folder
-    if parts := sorted(filter(_is_flat, path.iterdir())) if name and os.path.isdir(path) else []:
+    if parts := sorted(p for p in path.iterdir() if p.suffix.lower() in FLAT) if name and os.path.isdir(path) else []:
         raise InputError(f"{path} holds {len(parts)} data files, such as {parts[0].name}: join them into one file.")
     return d4rl_file(name) if name.startswith("d4rl/") else _download(name)
-
-
-def _is_flat(path: Path) -> bool:
-    return path.suffix.lower() in (".hdf5", ".h5", ".npz")
 
 
 def minari_folder() -> Path:

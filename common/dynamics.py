@@ -41,8 +41,7 @@ class MemberLinear(nn.Module):
 
     def forward(self, x: Tensor, members: Tensor | None) -> Tensor:
         """members: index of those that x is for, None: all."""
-        if members is None:
-            return torch.baddbmm(self.bias, x, self.weight)
+        members = slice(None) if members is None else members
         return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 
@@ -132,13 +131,14 @@ class Dynamics(nn.Module):
 
     def fit(
         self, x: Tensor, y: Tensor, seed: int, max_epochs: int | None = None, patience: int = 5, batch_size: int = 256,
-        lr: float = 1e-3, compile: Callable = lambda function: function,
+        lr: float = 1e-3, compile: Callable = lambda function: function, partial: Path | None = None,
     ) -> int:  # fmt: skip
         """Maximum likelihood on x (N, obs_dim + action_dim), y (N, obs_dim + 1) = (next_obs - obs, reward).
 
         A member's weights are kept whenever its holdout error falls by more than 1 %; the fit stops when no member has
         improved for more than `patience` epochs [MOPO code], or after `max_epochs`. `compile` wraps what computes the
-        gradients. Returns the number of epochs. Raises InputError when data are too few or the fit diverges.
+        gradients. `partial`: where the state is kept about once a minute, so that a killed fit goes on. Returns the
+        number of epochs. Raises InputError when data are too few or the fit diverges.
         """
         if len(x) < 10:
             raise InputError(f"a dynamics model needs 10 transitions with a known successor or more, not {len(x)}")
@@ -164,8 +164,13 @@ class Dynamics(nn.Module):
         grads = lambda bx, by: torch.autograd.grad(self.loss(bx, by), params)  # noqa: E731
         if max_epochs is None or max_epochs * len(train) > SHORT_FIT:
             grads = compile(grads)
-        batch_size, epoch, stale = min(batch_size, len(train)), 0, 0
-        bar = progress_bar("dynamics", max_epochs, "epoch")
+        batch_size, epoch, stale, kept_at = min(batch_size, len(train)), 0, 0, time.monotonic()
+        if partial and partial.exists():
+            model, best, optimizer, drawn, epoch, stale = torch.load(partial, map_location=x.device, weights_only=True)
+            self.load_state_dict(model)
+            opt.load_state_dict(optimizer)
+            generator.set_state(drawn.cpu())
+        bar = progress_bar("dynamics", max_epochs, "epoch", initial=epoch)
         while stale <= patience and epoch != max_epochs:
             shuffle = [torch.randperm(len(train), generator=generator, device=x.device) for _ in bootstrap]
             indices = bootstrap.gather(1, torch.stack(shuffle))
@@ -183,6 +188,9 @@ class Dynamics(nn.Module):
             epoch, stale = epoch + 1, 0 if better.any() else stale + 1
             bar.set_postfix_str("holdout " + " ".join(f"{v:.2g}" for v in self.holdout_mse.mean(dim=1).tolist()), False)
             bar.update()
+            if partial and time.monotonic() - kept_at > 60:
+                save(partial, [self.state_dict(), best, opt.state_dict(), generator.get_state(), epoch, stale])
+                kept_at = time.monotonic()
         bar.close()
         self.layers.load_state_dict(best)
         self.elites.copy_(self.holdout_mse.mean(dim=1).argsort()[: len(self.elites)])
@@ -211,7 +219,7 @@ def kept(file: Path, what: str, device: torch.device, seed: int, make: Callable[
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not file.is_file():
-            print(f"waiting     until this {what} is fitted, here or by another process")
+            print(f"fitting     the {what}, or waiting for another process that does")
             with explained(f"cannot write to {file.parent}", "set OFFLINE_MBRL_CACHE"):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 held = lock.acquire()
@@ -242,17 +250,20 @@ def load_or_fit(
     if path and not file.is_file():
         raise InputError(f"no ensemble at {file}: give the .pt file of a fitted one, or leave --dynamics out")
 
+    partial = file.with_suffix(f".{device.type}.partial")  # a generator's state is that of its kind of device
+
     def fit() -> dict:
         dynamics = Dynamics(*dims, **sizes).to(device)
         x = torch.cat([data.obs, data.action], dim=-1)[known]
         y = torch.cat([data.next_obs - data.obs, data.reward[:, None]], dim=-1)[known]
-        epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile)
+        epochs = dynamics.fit(x, y, seed, max_epochs, compile=compile, partial=partial)
         return {"model": dynamics.state_dict(), "dims": dims, "sizes": sizes, "epochs": epochs}
 
     with kept(file, "ensemble", device, seed, fit) as (state, verb):
         found, has, epochs = state["dims"], state["sizes"], state["epochs"]
         dynamics = Dynamics(*found, **has).to(device)
         dynamics.load_state_dict(state["model"])
+        partial.unlink(missing_ok=True)
     if found != dims:
         raise InputError(f"{file} is for obs, action of {found} numbers, the data have {dims}")
     if path and has != sizes:

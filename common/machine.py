@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def exact_products(device: torch.device) -> None:
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """One graph out of `function`, which may call torch.autograd.grad; `function` itself where that cannot be had."""
-    torch._dynamo.config.trace_autograd_ops = True
+    with suppress(AttributeError):  # older than torch 2.13, which then goes on eagerly
+        torch._dynamo.config.trace_autograd_ops = True
     # the compiler counts graphs by this object and refuses the ninth, that of the ninth run in a notebook
     function.__code__ = function.__code__.replace()
     # on a GPU a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites

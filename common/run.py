@@ -48,7 +48,6 @@ RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other n
     **dict.fromkeys(("gamma", "tau", "real_ratio", "expectile", "top_fraction", "policy_share", "gae_lambda"), (0, 1)),
     "target_entropy": (-math.inf, math.inf), "momentum": (0, 0.999), "init_std": (1e-3, math.inf),
 }  # fmt: skip
-PATHS = ("dataset", "dynamics", "policy", "run_dir", "resume")
 
 
 @dataclass
@@ -93,7 +92,7 @@ def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
             print("preset      small, for a log of thousands of rows; the published sizes: --preset paper")
     args = tyro.cli(Args, default=replace(Args(), **base))
     args.trust = given.trust  # never a folder's word
-    for name in PATHS:
+    for name in ("dataset", "dynamics", "policy", "run_dir", "resume"):
         if getattr(args, name, "").startswith("~"):
             setattr(args, name, str(Path(getattr(args, name)).expanduser()))
     origin = "the resumed run" if resumed else "TUNED for other data" if row == "other" else "TUNED for this dataset"

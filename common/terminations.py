@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from common import InputError, add_working_directory, explained
 from common.dataset import OfflineDataset, gym_class
+from common.pretrain import load_or_train
 
 TerminationFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # The learned rule: fewer rows of a class than MIN_ROWS cannot be fitted and checked, more than MAX_ROWS gain little.
-MIN_ROWS, MAX_ROWS, NUM_STEPS, BATCH_SIZE = 20, 60_000, 4_000, 256
+MIN_ROWS, MAX_ROWS, NUM_STEPS = 20, 60_000, 4_000
 
 
 # --- Known rules: next_obs (batch, obs_dim), in the environment's units -> bool (batch,) ---
@@ -110,13 +111,21 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     choose, held_out = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # in their true shares
 
     columns = (data.obs, data.action, data.next_obs)[: 3 if sees_next_obs else 2]
-    x = torch.cat([column[torch.cat(fit)] for column in columns], dim=1)
+    # Rare as they are, terminals are half of what is fitted; the threshold makes up for it.
+    again = fit[0][torch.randint(len(fit[0]), (len(fit[1]),), generator=generator).to(device)]
+    x = torch.cat([column[torch.cat([again, fit[1]])] for column in columns], dim=1)
     std, mean = torch.std_mean(x, dim=0)
     std = torch.where(std > 1e-6 * (1 + mean.abs()), std, 1.0)  # constant columns: do not blow up their rounding errors
-    with torch.random.fork_rng(devices=[]):  # initial weights that leave the caller's random numbers alone
-        torch.default_generator.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
-    net = net.to(device)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1))
+
+    def loss(net: nn.Module, rows: Tensor, _) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(net((rows[:, :-1] - mean) / std), rows[:, -1:])
+
+    rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    rows[len(again) :, -1] = 0
+    net = load_or_train("learned rule", make, loss, rows, 0, data, seed, NUM_STEPS, 1e-3, {"inputs": x.shape[1]})
 
     def logit(*given: Tensor) -> Tensor:
         return net((torch.cat(given[: len(columns)], dim=1) - mean) / std).squeeze(1)  # (batch,)
@@ -124,21 +133,6 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     def logit_at(rows: Tensor) -> Tensor:
         return torch.cat([logit(*(column[chunk] for column in columns)) for chunk in rows.split(8192)])
 
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=NUM_STEPS)
-    # Rare as they are, terminals fill half of each batch; the threshold makes up for it.
-    half, label = BATCH_SIZE // 2, (torch.arange(BATCH_SIZE, device=device) < BATCH_SIZE // 2).float()
-    terminals = torch.randint(len(fit[0]), (NUM_STEPS, half), generator=generator)
-    others = torch.randint(len(fit[0]), len(x), (NUM_STEPS, half), generator=generator)
-    for batch in torch.cat([terminals, others], dim=1).to(device):  # (BATCH_SIZE,)
-        loss = nn.functional.binary_cross_entropy_with_logits(logit(x[batch]), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if not loss.isfinite():
-        raise InputError("termination: the fit of the learned rule diverged: look for enormous observations or actions")
-    net.requires_grad_(False)
     threshold = f1_threshold(logit_at(choose), terminal[choose])
     called, true = logit_at(held_out) > threshold, terminal[held_out]
     hits = int((called & true).sum())

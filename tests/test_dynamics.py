@@ -1,6 +1,7 @@
 """common/dynamics.py: the likelihood and its clamp, the fit with its holdout rule, the cache, the ways to sample."""
 
 import hashlib
+import itertools
 import re
 import threading
 import time
@@ -134,6 +135,12 @@ def counting(calls: list, stops_at: int = 0):
         return wrapped
 
     return compile
+
+
+@pytest.fixture
+def fast_clock(monkeypatch):
+    """100 s pass between two looks at the clock, so that every epoch is saved."""
+    monkeypatch.setattr("common.dynamics.time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
 
 
 @pytest.fixture(scope="module")
@@ -481,15 +488,48 @@ def test_fit_that_diverges_after_a_good_epoch_is_an_input_error():
         small_dynamics().fit(*linear_system(400), seed=0, max_epochs=4, batch_size=32, compile=compile)
 
 
+@pytest.mark.parametrize("num_calls", [5, 12, 16])  # in the second, fourth and sixth epoch of eight, three calls each
+def test_interrupted_fit_goes_on_to_the_same_end(num_calls, tmp_path, fast_clock):
+    x, y, partial = *linear_system(120), tmp_path / "fit.partial"
+
+    def scripted(seed):
+        dynamics = small_dynamics(seed, kind=Scripted)
+        dynamics.script = [[1.0, 1.0, 1.0], [0.5, 1.0, 0.2], [2.0, 2.0, 2.0], [2.0, 0.5, 2.0]] + 4 * [[2.0, 2.0, 2.0]]
+        return dynamics
+
+    def run(dynamics, **kwargs):
+        return dynamics.fit(x, y, seed=4, patience=3, batch_size=32, **kwargs)
+
+    whole, stopped = scripted(0), scripted(0)
+    assert run(whole) == 8
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, partial=partial, compile=counting([], num_calls))
+    assert partial.exists()
+    resumed, calls = scripted(1), []  # other weights: everything has to come from the file
+    num_done = (num_calls - 1) // 3
+    resumed.script = resumed.script[num_done:]
+    assert run(resumed, partial=partial, compile=counting(calls)) == 8
+    assert len(calls) == 3 * (8 - num_done) and identical(whole, resumed)
+
+
 # --- Cache ---
-def test_a_killed_fit_leaves_nothing_and_the_next_one_ends_the_same(tmp_path, monkeypatch):
+def left_in(folder) -> set[str]:
+    return {file.suffix for file in folder.iterdir()}
+
+
+def test_interrupted_load_or_fit_goes_on_to_the_same_end_and_removes_its_partial_file(
+    tmp_path, monkeypatch, fast_clock
+):
     data = make_data(700)  # two minibatches an epoch
     whole = load_or_fit(data, seed=0, max_epochs=6)
     monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
         load_or_fit(data, seed=0, max_epochs=6, compile=counting([], 8))
-    assert {file.suffix for file in (tmp_path / "other" / "dynamics").iterdir()} == {".lock"}
-    assert identical(whole, load_or_fit(data, seed=0, max_epochs=6))
+    assert left_in(tmp_path / "other" / "dynamics") == {".partial", ".lock"}
+    calls = []
+    resumed = load_or_fit(data, seed=0, max_epochs=6, compile=counting(calls))
+    assert len(calls) == 2 * (6 - 3) and identical(whole, resumed)
+    assert left_in(tmp_path / "other" / "dynamics") == {".pt", ".lock"}
 
 
 def test_same_seed_gives_the_same_ensemble_to_the_bit_whatever_the_global_rng(tmp_path, monkeypatch):
@@ -730,4 +770,4 @@ def test_two_that_want_the_same_ensemble_fit_it_once(capsys):
     first.join()
     assert len(fits) == 1
     printed = capsys.readouterr().out
-    assert printed.count("waiting") == 2 and printed.count("fitted in") == printed.count("reused") == 1
+    assert printed.count("fitting  ") == 2 and printed.count("fitted in") == printed.count("reused") == 1

@@ -936,6 +936,12 @@ def test_one_function_compiled_for_many_runs_stays_one_graph_each(monkeypatch):
     assert len({id(code) for code in seen}) == 12  # the compiler counts by it and refuses the ninth
 
 
+def test_an_older_torch_that_cannot_trace_gradients_is_asked_all_the_same(monkeypatch):
+    monkeypatch.setattr(torch._dynamo, "config", type("Config", (), {"__slots__": ()})())
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert machine.compiled(lambda x: x + 1, CPU)(torch.ones(1)) == 2
+
+
 def test_an_error_of_the_function_itself_is_not_taken_for_a_missing_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 

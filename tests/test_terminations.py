@@ -31,6 +31,11 @@ ENV_IDS = [f"{name}-{version}" for name in START for version in ("v4", "v5")]
 NEVER_IDS = [f"{name}-v5" for name in NEVER if name != "Pendulum"] + ["Pendulum-v1"]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLINE_MBRL_CACHE", str(tmp_path / "cache"))
+
+
 def dataset(obs, action, next_obs, terminal, env_spec=None, **more) -> OfflineDataset:
     """Every row is an episode, as nothing else is said."""
     tensors = [torch.as_tensor(np.asarray(x), dtype=torch.float32) for x in (obs, action, next_obs, terminal)]
@@ -355,6 +360,7 @@ def test_same_seed_same_rule_and_global_random_state_untouched(short_fit):
     first = call(termination_fn("learned", data, seed=3), data)
     assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], numpy_state)
     torch.rand(5)
+    data.data_hash = "again"  # another key of the cache
     assert torch.equal(call(termination_fn("learned", data, seed=3), data), first)
     assert not torch.equal(call(termination_fn("learned", data, seed=4), data), first)
 
@@ -365,10 +371,11 @@ def test_placeholder_successors_are_never_read(short_fit, capsys):
     data.next_obs[~data.successor_known] = torch.nan
     called = call(termination_fn("learned", data), fresh)
     assert "(obs, action) alone" in capsys.readouterr().out
-    data.next_obs[:] = torch.nan
+    data.next_obs[:], data.data_hash = torch.nan, "again"
     assert torch.equal(call(termination_fn("learned", data), fresh), called) and called.any() and not called.all()
 
     some = point_mass(6_000, 0)
+    some.data_hash = "some"
     some.successor_known[some.terminal.nonzero()[::2]] = False
     some.successor_known[::10] = False
     some.next_obs[~some.successor_known] = torch.nan
