@@ -287,7 +287,7 @@ def _read_flat(path: Path) -> Rows:
         names = {key: next((n for n in (key, *GYM_KEYS.get(key, "").split()) if n in file), None) for key in KEYS}
         missing = [key for key in KEYS[:4] if names[key] is None]
         if vague := [key for key in ("masks", "valids", *["dones"] * ("terminals" in missing)) if key in file]:
-            raise InputError(f"{path} has {', '.join(vague)}, maybe time limits: write terminals and timeouts instead.")
+            raise InputError(f"{path} has {', '.join(vague)}: ends may be time limits, write terminals and timeouts.")
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)} (has {', '.join(file)}): write it with D4RL's keys.")
         rows, unread = {key: _read_array(file[name], name, path) for key, name in names.items() if name}, []

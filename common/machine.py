@@ -38,12 +38,12 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     # the compiler counts graphs by this object and refuses the ninth, that of the ninth run in a notebook
     function.__code__ = function.__code__.replace()
     # on a GPU a CUDA graph as well: one launch instead of hundreds, whose outputs the next call overwrites
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    graph = torch.compile(function, fullgraph=True, mode=mode)
+    mode, graph = "reduce-overhead" if device.type == "cuda" else "default", None
 
     def call(*inputs: Tensor):
         nonlocal graph
         try:
+            graph = graph or torch.compile(function, fullgraph=True, mode=mode)
             return graph(*inputs)
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # before anything ran: no update twice
             print(f"compile     does not work here, going on eagerly and slower ({str(error).strip().splitlines()[0]})")
