@@ -155,8 +155,9 @@ class Dynamics(nn.Module):
         self.input_std[self.input_std == 0] = 1.0
         y = (y - self.target_mean) / torch.where(self.target_std == 0, 1.0, self.target_std)
         # sampled once with replacement: members disagree where the data do not pin them down
-        shape = (self.num_members, len(train))
-        bootstrap = train[torch.randint(len(train), shape, generator=generator, device=x.device)]
+        bootstrap = train[
+            torch.randint(len(train), (self.num_members, len(train)), generator=generator, device=x.device)
+        ]
 
         params, now = list(self.parameters()), self.layers.state_dict()  # which are the same tensors
         best = deepcopy(now)

@@ -140,7 +140,6 @@ def _settings_of(folder: Path, Args: type[RunArgs]) -> dict:
         saved = json.loads((folder / "config.json").read_text())
         if saved["algo"] != algo(Args):
             raise ValueError(f"a run of {saved['algo']}.py")
-        saved["args"].pop("matmul_precision", None)  # which older runs tell
         settings = {name: tuple(value) if type(value) is list else value for name, value in saved["args"].items()}
         return asdict(Args(**settings)) | {"resume": str(folder)}
 
@@ -319,8 +318,7 @@ class Run:
         known = {"obs_dim": data.obs.shape[1], "action_dim": data.action.shape[1], **asdict(self.args)}
         sizes = {name: known[name] for name in inspect.signature(type(policy)).parameters if name in known}
         what = {"actor": policy.state_dict(), "class": type(policy).__name__, "sizes": sizes}
-        units = ("action_low", "action_high", "obs_shift", "obs_scale")
-        what |= {name: torch.as_tensor(getattr(data, name)) for name in units}
+        what |= {n: torch.as_tensor(getattr(data, n)) for n in ("action_low", "action_high", "obs_shift", "obs_scale")}
         self._write(save, self.folder / "policy.pt", what | {"config": self.config})
         returns = np.array([row["return_mean"] for row in history[-self.args.score_evals :]])
         if returns.size and not np.isnan(returns).all():
