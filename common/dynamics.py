@@ -145,8 +145,7 @@ class Dynamics(nn.Module):
         self.holdout_mse.fill_(math.inf)
         generator = torch.Generator(x.device).manual_seed(seed)
         order = torch.randperm(len(x), generator=generator, device=x.device)
-        num_holdout = min(len(x) // 5, 1000)
-        holdout, train = order[:num_holdout], order[num_holdout:]
+        holdout, train = order.tensor_split([min(len(x) // 5, 1000)])
         for values, mean, std in ((x, self.input_mean, self.input_std), (y, self.target_mean, self.target_std)):
             for i in range(len(mean)):  # in float64, a column at a time: exact and small for a million rows
                 column = values[:, i][train].double()
@@ -155,9 +154,8 @@ class Dynamics(nn.Module):
         self.input_std[self.input_std == 0] = 1.0
         y = (y - self.target_mean) / torch.where(self.target_std == 0, 1.0, self.target_std)
         # sampled once with replacement: members disagree where the data do not pin them down
-        bootstrap = train[
-            torch.randint(len(train), (self.num_members, len(train)), generator=generator, device=x.device)
-        ]
+        shape = (self.num_members, len(train))
+        bootstrap = train[torch.randint(len(train), shape, generator=generator, device=x.device)]
 
         params, now = list(self.parameters()), self.layers.state_dict()  # which are the same tensors
         best = deepcopy(now)
