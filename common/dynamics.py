@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from common import InputError, explained, writing
@@ -218,10 +218,13 @@ def kept(file: Path, what: str, device: torch.device, seed: int, make: Callable[
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not file.is_file():
-            print(f"fitting     the {what}, or waiting for another process that does")
             with explained(f"cannot write to {file.parent}", "set OFFLINE_MBRL_CACHE"):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                held = lock.acquire()
+                try:
+                    held = lock.acquire(blocking=False)
+                except Timeout:
+                    print(f"waiting     for another process, which fits this {what}")
+                    held = lock.acquire()
             with held:
                 if not file.is_file():
                     start = time.monotonic()

@@ -173,8 +173,7 @@ class Run:
 
     def __init__(self, args: RunArgs):
         self.args, self.algo, self.start, self.stop = args, algo(type(args)), time.monotonic(), False
-        self.progress, self.modules = {"update": 0, "seconds": 0.0, "history": [], "notes": {}}, {}
-        self.saved, self.said = 0, set()
+        self.progress, self.modules, self.said = {"update": 0, "seconds": 0.0, "history": [], "notes": {}}, {}, set()
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
             sys.stdout.reconfigure(line_buffering=True)  # a log file fills as the run goes on
         self.folder, self.lock = make_folder(args)

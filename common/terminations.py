@@ -123,8 +123,7 @@ def learned_rule(data: OfflineDataset, seed: int) -> TerminationFn:
     def loss(net: nn.Module, rows: Tensor, _) -> Tensor:
         return nn.functional.binary_cross_entropy_with_logits(net((rows[:, :-1] - mean) / std), rows[:, -1:])
 
-    rows = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    rows[len(again) :, -1] = 0
+    rows = torch.cat([x, torch.arange(len(x), device=device)[:, None] < len(again)], dim=1)
     net = load_or_train("learned rule", make, loss, rows, 0, data, seed, NUM_STEPS, 1e-3, {"inputs": x.shape[1]})
 
     def logit(*given: Tensor) -> Tensor:
@@ -171,8 +170,7 @@ def termination_fn(mode: str, data: OfflineDataset, seed: int = 0) -> Terminatio
     (rule, why), wrong, learned = known_rule(data.env_spec), rule_warning(data), None
     num_terminals = int((data.terminal > 0.5).sum())
     if mode == "auto":
-        can_learn = num_terminals >= (MIN_ROWS if wrong else 1)
-        mode = "known" if rule and not wrong else "learned" if can_learn else "none"
+        mode = "known" if rule and not wrong else "learned" if num_terminals >= (MIN_ROWS if wrong else 1) else "none"
         print(f"termination: auto chose {mode}: {wrong or why}; the data have {num_terminals:,} terminals")
     if mode in ("known", "forced"):
         if rule is None:

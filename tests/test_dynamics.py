@@ -751,7 +751,7 @@ def test_step_gives_each_row_each_elite_equally_often_over_random_orders():
 
 
 def test_two_that_want_the_same_ensemble_fit_it_once(capsys):
-    """The second one finds the lock taken and then the file."""
+    """The second one finds the lock taken, says so, and then finds the file."""
     data, fitting, fits = make_data(700), threading.Event(), []
 
     def compile(function):
@@ -770,4 +770,4 @@ def test_two_that_want_the_same_ensemble_fit_it_once(capsys):
     first.join()
     assert len(fits) == 1
     printed = capsys.readouterr().out
-    assert printed.count("fitting  ") == 2 and printed.count("fitted in") == printed.count("reused") == 1
+    assert printed.count("waiting") == printed.count("fitted in") == printed.count("reused") == 1
