@@ -14,7 +14,8 @@ class NoEpisodes:
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise InputError("The data's rows follow no order, so have no episodes: record one environment after another.")
+        hint = "record one environment after another, or choose a method or setting without episodes"
+        raise InputError(f"The data's rows follow no order and so have no episodes: {hint}.")
 
 
 def examine(rows: Rows, source: str, limit: int | None) -> list[str]:

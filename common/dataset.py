@@ -287,7 +287,7 @@ def _read_flat(path: Path) -> Rows:
         names = {key: next((n for n in (key, *GYM_KEYS.get(key, "").split()) if n in file), None) for key in KEYS}
         missing = [key for key in KEYS[:4] if names[key] is None]
         if vague := [key for key in ("masks", "valids", *["dones"] * ("terminals" in missing)) if key in file]:
-            raise InputError(f"{path} has {', '.join(vague)}: ends may be time limits, write terminals and timeouts.")
+            raise InputError(f"{path} has {', '.join(vague)} for ends, or time limits? Write terminals and timeouts.")
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing)} (has {', '.join(file)}): write it with D4RL's keys.")
         rows, unread = {key: _read_array(file[name], name, path) for key, name in names.items() if name}, []
@@ -367,13 +367,10 @@ def _read_minari(dataset: minari.MinariDataset, path: Path) -> Rows:
             parts.append((obs[:-1], obs[1:], episode.actions, episode.rewards, *flags))
         lengths = np.array([[*map(len, part)] for part in parts])  # (num_episodes, len(keys))
         if (lengths != lengths[:, :1]).any() or lengths[:, 0].sum() != dataset.total_steps:
-            raise InputError(
-                f"{path} is not whole, its arrays or {dataset.total_steps} steps do not fit: get it again."
-            )
+            raise InputError(f"{path} is not whole, arrays and {dataset.total_steps} steps do not fit: get it again.")
         rows = {key: _read_array(np.concatenate(arrays), key, path) for key, *arrays in zip(keys, *parts)}
-    rows = _checked(rows, path)
-    # also where an episode has neither flag
-    return rows | {"episode_end": np.isin(np.arange(1, len(rows["rewards"]) + 1), np.cumsum(lengths[:, 0]))}
+    ends = np.isin(np.arange(1, lengths[:, 0].sum() + 1), lengths[:, 0].cumsum())  # also where none is flagged
+    return _checked(rows, path) | {"episode_end": ends}
 
 
 def _transitions(rows: Rows, source: str, limit: int | None, standardise_obs: bool) -> Rows:

@@ -41,7 +41,8 @@ class MemberLinear(nn.Module):
 
     def forward(self, x: Tensor, members: Tensor | None) -> Tensor:
         """members: index of those that x is for, None: all."""
-        members = slice(None) if members is None else members
+        if members is None:
+            return torch.baddbmm(self.bias, x, self.weight)
         return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 

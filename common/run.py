@@ -129,8 +129,8 @@ def _check_resumed(flag: str, value, before, args: RunArgs) -> None:
     # what only watches a run may change when it goes on, but not its folder; other data are noticed by their hash
     free = {field.name for field in fields(RunArgs)} - {"run_dir", "run_name"} | {"dataset", "num_updates"}
     scheduled = getattr(args, "actor_lr_schedule", "") == "cosine" or hasattr(args, "policy_share")
-    if value != before and (name not in free or (scheduled and name == "num_updates")):
-        why = "its schedules span them" if name in free else "cannot change on the way"
+    if value != before and (name not in free or (name == "num_updates" and (scheduled or value < before))):
+        why = "its schedules span them" if scheduled and name in free else "cannot change on the way"
         raise InputError(f"{flag} is {before!r} in this run and {why}: leave it out or start anew")
 
 
@@ -343,7 +343,8 @@ class Run:
         return f"the checkpoint of update {self.saved:,} is whole: {self._resume_command()}"
 
     def _resume_command(self) -> str:
-        return shlex.join(["python", sys.argv[0], "--resume", str(self.folder), *["--trust"] * self.args.trust])
+        imports = self.args.trust or ":" in getattr(self.args, "env_id", "") + getattr(self.args, "termination", "")
+        return shlex.join(["python", sys.argv[0], "--resume", str(self.folder), *["--trust"] * imports])
 
     def _config(self) -> dict:
         """Of a resumed run the first command, and what was changed after which update."""

@@ -260,7 +260,7 @@ def test_gymnasiums_words_are_read(timeouts, terminals, load, capsys):
 @pytest.mark.parametrize("key", ["dones", "masks", "valids"])
 def test_words_for_ends_of_any_kind_are_refused(key, load):
     rows = {key: (rows := log())["terminals"], **without(rows, *["terminals"] * (key == "dones"))}
-    with pytest.raises(InputError, match=f"has {key}: .*time limits, write terminals and timeouts"):
+    with pytest.raises(InputError, match=f"has {key} .*time limits. Write terminals and timeouts"):
         load(rows)
 
 

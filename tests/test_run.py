@@ -457,6 +457,16 @@ def test_resume_keeps_the_settings_and_can_train_longer(run, tmp_path):
     first, second = config["resumed"]
     assert first["after_update"] == 40 and first["changed"] == {"num_updates": [40, 60], "eval_interval": [20, 10]}
     assert second["after_update"] == 60 and second["changed"] == {"num_updates": [60, 70]}
+    with pytest.raises(InputError, match="--num-updates is 70 in this run and cannot change"):
+        run("--resume", str(folder), "--num-updates", "30")
+
+
+@pytest.mark.parametrize("flag", ["env_id", "termination"])
+def test_the_printed_resume_command_trusts_what_its_run_imports(flag):
+    run = SimpleNamespace(args=mopo.Args(**{flag: "mine:it"}), folder=Path("my runs/r"))
+    assert common.run.Run._resume_command(run).endswith("--resume 'my runs/r' --trust")
+    run.args = mopo.Args(env_id="Hopper-v5")
+    assert not common.run.Run._resume_command(run).endswith("--trust")
 
 
 @pytest.mark.parametrize("script", ["mopo", "onestep"])  # a learning rate, a share of the updates
