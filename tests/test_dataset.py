@@ -640,7 +640,7 @@ def test_unbounded_minari_box_is_replaced_by_the_one_of_env_id():
 
 
 @pytest.mark.parametrize("case, words", [
-    ("T observations", "not whole, its arrays"),
+    ("T observations", "not whole, arrays"),
     ("nan", "NaN or infinite observations in row 4"),
     ("step count", "not whole, .* 13 steps"),
     ("cut", "Cannot read"),
