@@ -13,6 +13,7 @@ import pytest
 from algos import td3_bc
 from benchmarks.export_alarm import ensemble_of
 from common.dataset import load_dataset
+from tests.notebooks import check_committed, printed, run_again
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "benchmarks" / "studies" / "from_a_log.ipynb"
@@ -26,14 +27,6 @@ print(json.dumps(facts, default=float))
 """
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-
-
-def printed(cell):
-    return "".join("".join(out["text"]) for out in cell["outputs"] if out["output_type"] == "stream")
-
-
 def doctor_said(cells):
     """Its findings on the log and on what was made wrong in it, without the numbers."""
     said = [printed(cell) for cell in cells if "benchmarks/doctor.py" in cell["source"]]
@@ -41,16 +34,8 @@ def doctor_said(cells):
 
 
 def test_the_committed_notebook_ran_to_its_end_and_shows_no_path_of_a_machine():
-    text = NOTEBOOK.read_text()
-    notebook = json.loads(text)
-    cells = code_cells(notebook)
-    outputs = [out for cell in cells for out in cell["outputs"]]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert {out["output_type"] for out in outputs} == {"stream", "display_data"}  # no error among them
-    assert {out["name"] for out in outputs if out["output_type"] == "stream"} == {"stdout"}
-    assert len(notebook["cells"]) <= 25 and len(text.encode()) < 200_000
-    said = "".join(printed(cell) for cell in cells)
-    assert not re.search(r"(^|\s)(/|~|[A-Z]:\\)\w", said) and "/home/" not in text and "/tmp/" not in text
+    said = check_committed(NOTEBOOK, 200_000)
+    assert len(json.loads(NOTEBOOK.read_text())["cells"]) <= 25
     assert "warning" not in said and "error:" not in said
     assert said.count("exit status 1") == 3  # the doctor, of three of four mistakes that were made on purpose
 
@@ -85,18 +70,10 @@ def test_the_alarm_of_a_model_free_run_has_the_ensemble_that_mopo_would_fit_to_t
 
 @pytest.mark.slow
 def test_run_again_its_policy_beats_the_pid_and_the_alarm_rings_where_the_log_says_nothing(tmp_path, monkeypatch):
-    import nbformat
-    from nbclient import NotebookClient
-
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where it puts its own folder
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    committed = doctor_said(code_cells(notebook))
-    notebook.cells.append(nbformat.v4.new_code_cell(FACTS))
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    *cells, last = code_cells(notebook)
-    assert doctor_said(cells) == committed
+    committed, cells, facts = run_again(NOTEBOOK, FACTS, timeout=900)
+    assert doctor_said(cells) == doctor_said(committed)
     assert "".join(map(printed, cells)).count("exit status") == 3
-    facts = json.loads(printed(last))
     assert Path(facts["work"]).parent == tmp_path
     assert {"policy.py", "policy.npz", "alarm.npz"} <= set(facts["files"])
     truth, (pid, _) = facts["truth"], facts["PID"]
