@@ -40,13 +40,13 @@ NOTE = """\
 Written by `python benchmarks/studies/selection.py`, whose head defines the columns; the criteria are defined at the
 head of select_run.py. It stands on {runs} runs of {sets} sets ({by_set}), each a row of [selection.csv](selection.csv).
 
-**{best} has the least mean regret**, {regret} points, against {random} for a run taken at random. Where the choice is
-among {of} runs, the least is {regret_of_few}, of {best_of_few}, against {random_of_few}. Where the criterion is chosen
-on the other sets, the mean regret on the one left out is {left_out}.
+**{best} has the least mean regret**, {regret} points below a set's best run, against {random} for a run taken at random. Among {of} runs
+drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on the other
+sets has a mean regret of {left_out} on the one left out.
 """
 READING = """\
-A number that the data's rewards do not allow counts as unknown, and its run as the last: {impossible}. If these counted
-as they are, the mean regrets would be {plain}. Where a criterion knows no run of a set, its regret is that of a run at
+A value above what the data's rewards allow counts as unknown and ranks its run last: {impossible}. If such values
+counted, the mean regrets would be {plain}. Where a criterion knows no run of a set, its regret is that of a run at
 random. With {sets} sets one bad choice moves a mean by up to {step} points: the order of criteria whose means are
 closer than that is not settled. The runs of a set differ in method and seed, and some in the number of updates.
 """
@@ -221,7 +221,7 @@ def report(rows: list[dict]) -> str:
     parts = ["# Which criterion finds the good runs", wrapped(NOTE.format(**words))]
     parts += ["Regret where the choice is among all runs of a set:", by_set_table(regrets, 1)]
     parts += ["The run that each takes, with its seed and score:", taken_table(rows)]
-    parts += [f"Regret where it is among {OF} of them:", by_set_table(of_few, 1)]
+    parts += [f"Regret among {OF} runs drawn at random:", by_set_table(of_few, 1)]
     parts += ["Spearman's correlation with the score:", by_set_table(correlations_of(rows), 2)]
     parts += ["Leaving one set out:", left_out_table(regrets), wrapped(READING.format(**words))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
