@@ -71,7 +71,7 @@ TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/
     ),
     "other": dict(
         num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
-        behaviour_updates=10_000,
+        policy_share=0.5, behaviour_updates=10_000,
     ),
 }  # fmt: skip
 

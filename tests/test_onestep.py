@@ -177,6 +177,13 @@ def test_each_stage_changes_its_own_networks_alone(improvement):
         assert {name for name, net in nets.items() if not unchanged(net, before[name])} == changing
 
 
+@pytest.mark.parametrize("settings", [{}, *onestep.TUNED.values()], ids=["default", *onestep.TUNED])
+def test_no_evaluation_counts_that_comes_before_the_policy_improves(settings):
+    args = onestep.Args(**settings)
+    since_the_first_that_counts = (args.score_evals - 1) * args.eval_interval
+    assert args.policy_share * args.num_updates > since_the_first_that_counts
+
+
 class Opposed(nn.Module):
     """A critic whose first Q wants the sum of the action large and whose second wants it small."""
 
