@@ -40,9 +40,9 @@ NOTE = """\
 Written by `python benchmarks/studies/selection.py`, whose head defines the columns; the criteria are defined at the
 head of select_run.py. It stands on {runs} runs of {sets} sets ({by_set}), each a row of [selection.csv](selection.csv).
 
-**{best} has the least mean regret**, {regret} points below a set's best run, against {random} for a run taken at random. Among {of} runs
-drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on the other
-sets has a mean regret of {left_out} on the one left out.
+**{best} has the least mean regret**, {regret} points below a set's best run, against {random} for a random run. Among
+{of} runs drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on
+the other sets has a mean regret of {left_out} on the one left out.
 """
 READING = """\
 A value above what the data's rewards allow counts as unknown and ranks its run last: {impossible}. If such values
