@@ -37,6 +37,7 @@ class Args(HomePaths):
     dataset: str  # any that ours take
     task: str  # hopper, halfcheetah or walker2d: its rule of termination
     flags: str = ""  # further flags of its script
+    hidden_sizes: tuple[int, ...] | None = None  # of actor and critics, also where its script has no flag (TD3+BC)
     seed: int = 0  # of its script and of the environment
     num_updates: int = 200_000  # a multiple of 1,000
     eval_interval: int = 5_000  # updates, a multiple of 1,000
@@ -92,6 +93,7 @@ def main(args: Args) -> None:
     sys.modules |= modules
     peer = args.peer.resolve()
     sys.path.insert(0, str(peer))
+    from offlinerlkit import nets
     from offlinerlkit import policy as policies
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.policy_trainer import MBPolicyTrainer, MFPolicyTrainer
@@ -131,6 +133,9 @@ def main(args: Args) -> None:
 
         return call
 
+    if args.hidden_sizes is not None:
+        mlp = nets.MLP
+        nets.MLP = lambda *rest, **kwargs: mlp(*rest, **kwargs | {"hidden_dims": args.hidden_sizes})
     for trainer in (MBPolicyTrainer, MFPolicyTrainer):
         trainer._evaluate = rarely(trainer._evaluate)
     for policy in (policies.MOPOPolicy, policies.MOBILEPolicy, policies.COMBOPolicy):
