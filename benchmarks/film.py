@@ -17,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.files import HomePaths, start  # noqa: E402
-from common import InputError, writing  # noqa: E402
+from common import InputError, explained, writing  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
@@ -54,11 +54,9 @@ def policy_of(folder: Path, trust: bool) -> tuple[Callable, OfflineDataset, dict
     Raises InputError where the run is not finished, or its data name no environment; without `trust` where its folder
     names a module to import.
     """
-    try:
+    with explained(f"{folder} is no run of a script in algos/", "name another"):
         args = json.loads((folder / "config.json").read_text())["args"]
         dataset, env_id = (str(args[name]) for name in ("dataset", "env_id"))
-    except Exception as error:  # a folder can be damaged in any way
-        raise InputError(f"{folder} is no run of a script in algos/ ({error}): name another") from None
     check_trust(folder, (env_id,), trust)
     policy = load_policy(folder)
     data = load_dataset(dataset, env_id=env_id or None, trust=trust)
