@@ -1,0 +1,58 @@
+"""benchmarks/studies/peers.py: which runs it takes, its interval, and that the page shows its table."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from benchmarks.report import RESULTS
+from benchmarks.studies.peers import Args, curves, find_ours, main, read_peer, welch
+from common import InputError
+
+
+def write_peer(path, updates):
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["update", "normalised_score"])
+        table.writerows([update, 1.5 * update] for update in updates)
+
+
+def test_the_interval_is_welchs():
+    """Against half the interval from trapezoids under the density of t with 3.067 degrees of freedom."""
+    difference, half = welch(np.array([20.1, 35.3, 21.3]), np.array([2.6, 12.5, 4.0, 11.4]))
+    assert difference == pytest.approx(17.941667, abs=1e-6)
+    assert half == pytest.approx(17.2675, abs=2e-3)
+
+
+def test_a_run_of_the_bench_comes_before_another_of_that_seed(tmp_path):
+    for folder in ("bench/runs", "peers/ours"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "peers/ours/a.csv").touch()
+    assert find_ours(tmp_path, "a.csv") == tmp_path / "peers/ours/a.csv"
+    (tmp_path / "bench/runs/a.csv").touch()
+    assert find_ours(tmp_path, "a.csv") == tmp_path / "bench/runs/a.csv"
+
+
+def test_seeds_that_exist_are_read_and_one_is_not_enough(tmp_path):
+    paths = [tmp_path / f"{seed}.csv" for seed in range(4)]
+    write_peer(paths[1], [10, 20])
+    with pytest.raises(InputError, match="needs two or more"):
+        curves(paths, read_peer)
+    write_peer(paths[3], [10, 20])
+    updates, scores = curves(paths, read_peer)
+    assert updates.tolist() == [10, 20] and scores.tolist() == [[15, 30], [15, 30]]
+
+
+def test_runs_of_another_length_are_refused(tmp_path):
+    paths = [tmp_path / f"{seed}.csv" for seed in range(2)]
+    write_peer(paths[0], [10, 20])
+    write_peer(paths[1], [10, 20, 30])
+    with pytest.raises(InputError, match="after different updates"):
+        curves(paths, read_peer)
+
+
+def test_the_page_has_the_table_that_it_prints(tmp_path, capsys):
+    main(Args(out=tmp_path / "figure.png"))
+    assert capsys.readouterr().out.strip() in (RESULTS.parent / "peers.md").read_text()
+    source = (tmp_path / "figure.png").read_bytes()
+    assert source.startswith(b"\x89PNG") and len(source) > 10_000
