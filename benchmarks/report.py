@@ -481,9 +481,16 @@ def seconds_to_score(cell: Cell) -> float:
 
 
 # --- Figures ---
-def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
+def source_hash(sources: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def csv_paths(cells: Iterable[Cell]) -> list[Path]:
+    return [run.path for cell in cells for run in cell.runs]
+
+
+def finish(figure: plt.Figure, path: Path, sources: Iterable[Path] = ()) -> None:
     """Writes it with the hash of the csv files that it is made from, so that an old figure can be told."""
-    source = hashlib.sha256(b"".join(run.path.read_bytes() for cell in cells for run in cell.runs)).hexdigest()
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
@@ -491,7 +498,7 @@ def finish(figure: plt.Figure, path: Path, cells: Iterable[Cell] = ()) -> None:
         figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
     with writing(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=90, format="png", metadata={"Software": None, "Source": source})
+        figure.savefig(part, dpi=90, format="png", metadata={"Software": None, "Source": source_hash(sources)})
     plt.close(figure)
 
 
@@ -528,7 +535,7 @@ def draw_heat(path: Path, columns: dict[tuple, list[Cell]], rank: dict) -> None:
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("normalised scores, 95 % intervals of the mean below; blue: a model of the world", fontsize=7)
-    finish(figure, path, itertools.chain(*columns.values()))
+    finish(figure, path, csv_paths(itertools.chain(*columns.values())))
 
 
 def draw_curves(path: Path, cells: list[Cell]) -> None:
@@ -566,7 +573,7 @@ def draw_curves(path: Path, cells: list[Cell]) -> None:
         axis.set_axis_off()
     figure.supylabel(name.replace("_mean", "").replace("_", " "), fontsize=8)
     figure.supxlabel("updates; dashed: the data's mean", fontsize=8)
-    finish(figure, path, cells)
+    finish(figure, path, csv_paths(cells))
 
 
 # --- Text ---

@@ -6,9 +6,9 @@ the 95 % interval of Welch's t.
 Run: python benchmarks/studies/peers.py    prints the table, draws results/peers/halfcheetah.png
 """
 
-import csv
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.files import HomePaths, start  # noqa: E402
-from benchmarks.report import RESULTS, finish, mean_sd, plt, read_csv, table  # noqa: E402
+from benchmarks.report import RESULTS, finish, mean_sd, plt, read_csv, read_rows, table  # noqa: E402
 from benchmarks.reproduce import t_quantile  # noqa: E402
-from common import InputError  # noqa: E402
+from common import InputError, explained  # noqa: E402
 
 METHODS = {  # name: its files in results/peers, ours
-    "TD3+BC": ("td3bc-halfcheetah-{seed}", "td3_bc__{seed}"),
-    "IQL": ("iql-halfcheetah-{seed}", "iql__{seed}"),
+    "TD3+BC": ("td3bc-halfcheetah-{seed}", "halfcheetah-medium-replay-v0__td3_bc__{seed}"),
+    "IQL": ("iql-halfcheetah-{seed}", "halfcheetah-medium-replay-v0__iql__{seed}"),
 }
 OURS = ("bench/runs", "peers/ours")
 MOST_SEEDS = 10
@@ -36,16 +36,14 @@ class Args(HomePaths):
     out: Path = RESULTS / "peers" / "halfcheetah.png"
 
 
-def read_peer(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """updates and normalised scores: (evaluations,)"""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return tuple(np.array([float(row[name]) for row in rows]) for name in ("update", "normalised_score"))
+def read_peer(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a peer's csv, each (evaluations,)."""
+    with explained(f"{path} cannot be read", "write it anew with benchmarks/peer.py"), open(path, newline="") as file:
+        return read_rows(path.name, file)
 
 
-def read_ours(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    columns = read_csv(path).columns
-    return columns["update"], columns["normalised_score"]
+def read_ours(path: Path) -> dict[str, np.ndarray]:
+    return read_csv(path).columns
 
 
 def find_ours(results: Path, name: str) -> Path:
@@ -54,15 +52,15 @@ def find_ours(results: Path, name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def curves(paths: list[Path], read) -> tuple[np.ndarray, np.ndarray]:
-    """updates (evaluations,), scores (seeds, evaluations) of the files that exist"""
-    runs = [read(path) for path in paths if path.is_file()]
-    if len(runs) < 2:
-        raise InputError(f"{len(runs)} of {paths[0]} and its other seeds: an interval needs two or more")
-    updates = runs[0][0]
-    if any(not np.array_equal(updates, other) for other, _ in runs):
+def curves(paths: list[Path], read: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """updates (evaluations,), scores (seeds, evaluations)"""
+    if len(paths) < 2:
+        raise InputError(f"an interval needs two seeds or more, there are {len(paths)}: {', '.join(map(str, paths))}")
+    runs = [read(path) for path in paths]
+    updates = runs[0]["update"]
+    if any(not np.array_equal(updates, run["update"]) for run in runs):
         raise InputError(f"{paths[0]} and its other seeds were evaluated after different updates")
-    return updates, np.array([scores for _, scores in runs])
+    return updates, np.array([run["normalised_score"] for run in runs])
 
 
 def welch(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
@@ -74,13 +72,14 @@ def welch(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
 
 def main(args: Args) -> None:
     figure, axes = plt.subplots(1, len(METHODS), figsize=(3.5 * len(METHODS), 3), sharex=True, layout="constrained")
-    rows = []
+    rows, sources = [], []
     for axis, (method, (their_name, our_name)) in zip(axes, METHODS.items()):
-        seeds = range(MOST_SEEDS)
-        paths = [args.results / "peers" / f"{their_name.format(seed=seed)}.csv" for seed in seeds]
-        updates, theirs = curves(paths, read_peer)
-        paths = [find_ours(args.results, f"halfcheetah-medium-replay-v0__{our_name.format(seed=s)}.csv") for s in seeds]
-        our_updates, ours = curves(paths, read_ours)
+        names = [(f"{their_name}.csv".format(seed=s), f"{our_name}.csv".format(seed=s)) for s in range(MOST_SEEDS)]
+        their_paths = [path for name, _ in names if (path := args.results / "peers" / name).is_file()]
+        our_paths = [path for _, name in names if (path := find_ours(args.results, name)).is_file()]
+        updates, theirs = curves(their_paths, read_peer)
+        our_updates, ours = curves(our_paths, read_ours)
+        sources += [*their_paths, *our_paths]
         if not np.array_equal(updates, our_updates):
             raise InputError(f"{method}: theirs and ours were evaluated after different updates")
         for label, scores, color in (("OfflineRL-Kit", theirs, "tab:orange"), ("ours", ours, "tab:blue")):
@@ -92,10 +91,10 @@ def main(args: Args) -> None:
         axis.locator_params(axis="x", nbins=4)
         their_score, our_score = (scores[:, -SCORE_EVALS:].mean(axis=1) for scores in (theirs, ours))
         difference, half = welch(their_score, our_score)
-        row = [method, len(theirs), mean_sd(their_score), len(ours), mean_sd(our_score)]
-        rows.append([*map(str, row), f"{difference:.1f} ± {half:.1f}"])
+        scores = [len(theirs), mean_sd(their_score), len(ours), mean_sd(our_score)]
+        rows.append([method, *scores, f"{difference:.1f} ± {half:.1f}"])
     axes[0].set_ylabel("normalised score", fontsize=8)
-    finish(figure, args.out)
+    finish(figure, args.out, sources)
     print(table("halfcheetah/medium-replay-v0, seeds, OfflineRL-Kit, seeds, ours, difference", rows))
 
 

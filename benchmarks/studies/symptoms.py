@@ -8,7 +8,6 @@ Run: python benchmarks/studies/symptoms.py        draws symptoms-*.png from the 
 """
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -26,7 +25,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import run_folders  # noqa: E402
-from benchmarks.report import RESULTS, read_csv  # noqa: E402
+from benchmarks.report import RESULTS, read_csv, source_hash  # noqa: E402
 from common import InputError, writing  # noqa: E402
 from common.dataset import load_dataset  # noqa: E402
 
@@ -116,10 +115,6 @@ def finish(figure: plt.Figure, path: Path, sources: list[Path]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(part, dpi=100, format="png", metadata={"Software": None, "Source": source_hash(sources)})
     plt.close(figure)
-
-
-def source_hash(sources: list[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def draw_critic(cells: dict, path: Path, sources: list[Path]) -> None:
