@@ -44,6 +44,13 @@ def test_seeds_are_read_and_one_is_not_enough(tmp_path):
     assert updates.tolist() == [10, 20] and scores.tolist() == [[15, 30], [15, 30]]
 
 
+@pytest.mark.parametrize("text", ["", "update,seconds\n10,1\n", "update,normalised_score\n10,1\n20\n"])
+def test_a_damaged_csv_of_a_peer_is_named(tmp_path, text):
+    (tmp_path / "0.csv").write_text(text)
+    with pytest.raises(InputError, match=r"0\.csv cannot be read \(ValueError.*: write it anew"):
+        read_peer(tmp_path / "0.csv")
+
+
 def test_runs_of_another_length_are_refused(tmp_path):
     paths = [tmp_path / f"{seed}.csv" for seed in range(2)]
     write_peer(paths[0], [10, 20])

@@ -37,9 +37,12 @@ class Args(HomePaths):
 
 
 def read_peer(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a peer's csv, each (evaluations,)."""
+    """The columns of a peer's csv, each (evaluations,). Raises InputError where it is damaged."""
     with explained(f"{path} cannot be read", "write it anew with benchmarks/peer.py"), open(path, newline="") as file:
-        return read_rows(path.name, file)
+        columns = read_rows(path.name, file)
+        if missing := {"update", "normalised_score"} - set(columns):
+            raise ValueError(f"it has no column {' or '.join(sorted(missing))}")
+        return columns
 
 
 def read_ours(path: Path) -> dict[str, np.ndarray]:
