@@ -57,11 +57,14 @@ def test_runs_of_another_length_are_refused(tmp_path):
     write_peer(paths[1], [10, 20, 30])
     with pytest.raises(InputError, match="after different updates"):
         curves(paths, read_peer)
+    updates, scores = curves(paths, read_peer, until=20)
+    assert updates.tolist() == [10, 20] and scores.tolist() == [[15, 30], [15, 30]]
 
 
-def test_the_page_has_the_table_that_it_prints(tmp_path, capsys):
+def test_the_page_has_the_tables_that_it_prints(tmp_path, capsys):
     main(Args(out=tmp_path / "figure.png"))
-    assert capsys.readouterr().out.strip() in (RESULTS.parent / "peers.md").read_text()
+    tables, page = capsys.readouterr().out.strip().split("\n\n"), (RESULTS.parent / "peers.md").read_text()
+    assert len(tables) == 2 and all(table in page for table in tables)
     source = immeta(tmp_path / "figure.png")["Source"]
     assert source == immeta(RESULTS / "peers" / "halfcheetah.png")["Source"], "run python benchmarks/studies/peers.py"
     assert source != source_hash([])

@@ -1,9 +1,10 @@
-"""OfflineRL-Kit's methods and ours on halfcheetah/medium-replay, trained to the end: a figure and a table.
+"""OfflineRL-Kit's methods and ours on halfcheetah/medium-replay, trained to the end: a figure and two tables.
 
 Theirs are the progress.csv files of benchmarks/peer.py, kept in results/peers. Ours are the bench's runs, and what
 results/peers/ours has besides. Score: the mean of the last ten evaluations. Difference: of the means, theirs - ours, +-
-the 95 % interval of Welch's t.
-Run: python benchmarks/studies/peers.py    prints the table, draws results/peers/halfcheetah.png
+the 95 % interval of Welch's t. The second table asks more seeds of TD3+BC, which ran for two thirds of the updates: all
+are cut off there.
+Run: python benchmarks/studies/peers.py    prints the tables, draws results/peers/halfcheetah.png
 """
 
 import math
@@ -26,7 +27,9 @@ METHODS = {  # name: its files in results/peers, ours
     "IQL": ("iql-halfcheetah-{seed}", "halfcheetah-medium-replay-v0__iql__{seed}"),
 }
 OURS = ("bench/runs", "peers/ours")
-MOST_SEEDS = 10
+SEEDS = range(10)
+MORE_SEEDS = {"0 to 9": range(10), "10 to 17": range(10, 18), "all": range(18)}
+MORE_UPDATES = 120_000
 SCORE_EVALS = 10
 
 
@@ -55,15 +58,33 @@ def find_ours(results: Path, name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
-def curves(paths: list[Path], read: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """updates (evaluations,), scores (seeds, evaluations)"""
+def curves(paths: list[Path], read: Callable, until: float = math.inf) -> tuple[np.ndarray, np.ndarray]:
+    """updates (evaluations,) up to `until`, scores (seeds, evaluations)"""
     if len(paths) < 2:
         raise InputError(f"an interval needs two seeds or more, there are {len(paths)}: {', '.join(map(str, paths))}")
     runs = [read(path) for path in paths]
-    updates = runs[0]["update"]
-    if any(not np.array_equal(updates, run["update"]) for run in runs):
+    updates, *others = [run["update"][run["update"] <= until] for run in runs]
+    if not all(np.array_equal(updates, other) for other in others):
         raise InputError(f"{paths[0]} and its other seeds were evaluated after different updates")
-    return updates, np.array([run["normalised_score"] for run in runs])
+    return updates, np.array([run["normalised_score"][: len(updates)] for run in runs])
+
+
+def both(results: Path, method: str, seeds: range, until: float = math.inf):
+    """updates, their scores, our scores as of `curves`; the csv files"""
+    names = [[f"{name}.csv".format(seed=seed) for seed in seeds] for name in METHODS[method]]
+    their_paths = [path for name in names[0] if (path := results / "peers" / name).is_file()]
+    our_paths = [path for name in names[1] if (path := find_ours(results, name)).is_file()]
+    (updates, theirs), (our_updates, ours) = curves(their_paths, read_peer, until), curves(our_paths, read_ours, until)
+    if not np.array_equal(updates, our_updates):
+        raise InputError(f"{method}: theirs and ours were evaluated after different updates")
+    return updates, theirs, ours, [*their_paths, *our_paths]
+
+
+def table_row(name: str, theirs: np.ndarray, ours: np.ndarray) -> list:
+    scores = [curve[:, -SCORE_EVALS:].mean(axis=1) for curve in (theirs, ours)]
+    difference, half = welch(*scores)
+    numbers = [cell for score in scores for cell in (len(score), mean_sd(score))]
+    return [name, *numbers, f"{difference:.1f} ± {half:.1f}"]
 
 
 def welch(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
@@ -76,15 +97,9 @@ def welch(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
 def main(args: Args) -> None:
     figure, axes = plt.subplots(1, len(METHODS), figsize=(3.5 * len(METHODS), 3), sharex=True, layout="constrained")
     rows, sources = [], []
-    for axis, (method, (their_name, our_name)) in zip(axes, METHODS.items()):
-        names = [(f"{their_name}.csv".format(seed=s), f"{our_name}.csv".format(seed=s)) for s in range(MOST_SEEDS)]
-        their_paths = [path for name, _ in names if (path := args.results / "peers" / name).is_file()]
-        our_paths = [path for _, name in names if (path := find_ours(args.results, name)).is_file()]
-        updates, theirs = curves(their_paths, read_peer)
-        our_updates, ours = curves(our_paths, read_ours)
-        sources += [*their_paths, *our_paths]
-        if not np.array_equal(updates, our_updates):
-            raise InputError(f"{method}: theirs and ours were evaluated after different updates")
+    for axis, method in zip(axes, METHODS):
+        updates, theirs, ours, paths = both(args.results, method, SEEDS)
+        sources += paths
         for label, scores, color in (("OfflineRL-Kit", theirs, "tab:orange"), ("ours", ours, "tab:blue")):
             axis.plot(updates, scores.T, color=color, linewidth=0.5, alpha=0.6)
             axis.plot(updates, scores.mean(axis=0), color=color, linewidth=2, label=label)
@@ -92,13 +107,13 @@ def main(args: Args) -> None:
         axis.set_xlabel("updates; thick: the mean of the seeds", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.locator_params(axis="x", nbins=4)
-        their_score, our_score = (scores[:, -SCORE_EVALS:].mean(axis=1) for scores in (theirs, ours))
-        difference, half = welch(their_score, our_score)
-        scores = [len(theirs), mean_sd(their_score), len(ours), mean_sd(our_score)]
-        rows.append([method, *scores, f"{difference:.1f} ± {half:.1f}"])
+        rows.append(table_row(method, theirs, ours))
     axes[0].set_ylabel("normalised score", fontsize=8)
     finish(figure, args.out, sources)
-    print(table("halfcheetah/medium-replay-v0, seeds, OfflineRL-Kit, seeds, ours, difference", rows))
+    more = [table_row(n, *both(args.results, "TD3+BC", seeds, MORE_UPDATES)[1:3]) for n, seeds in MORE_SEEDS.items()]
+    columns = ["runs", "OfflineRL-Kit", "runs", "ours", "difference"]
+    print(table(["halfcheetah/medium-replay-v0", *columns], rows), end="\n\n")
+    print(table([f"TD3+BC after {MORE_UPDATES:,} updates, seeds", *columns], more))
 
 
 if __name__ == "__main__":
