@@ -489,16 +489,19 @@ def csv_paths(cells: Iterable[Cell]) -> list[Path]:
     return [run.path for cell in cells for run in cell.runs]
 
 
-def finish(figure: plt.Figure, path: Path, sources: Iterable[Path] = ()) -> None:
+def finish(
+    figure: plt.Figure, path: Path, sources: Iterable[Path] = (), legend_columns: int = 3, dpi: int = 90
+) -> None:
     """Writes it with the hash of the csv files that it is made from, so that an old figure can be told."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
     if labels:
-        figure.legend(labels.values(), labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+        columns = min(len(labels), legend_columns)
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=columns, frameon=False)
     with writing(path) as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=90, format="png", metadata={"Software": None, "Source": source_hash(sources)})
+        figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None, "Source": source_hash(sources)})
     plt.close(figure)
 
 

@@ -1,13 +1,14 @@
-"""benchmarks/studies/peers.py: which runs it takes, its interval, and that the page shows its table."""
+"""benchmarks/studies/peers.py: which runs it takes, its interval, and that the page shows its tables."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 from imageio.v3 import immeta
 
 from benchmarks.report import RESULTS, source_hash
-from benchmarks.studies.peers import Args, curves, find_ours, main, read_peer, welch
+from benchmarks.studies.peers import Args, both, curves, find_ours, main, read_peer, welch
 from common import InputError
 
 
@@ -59,6 +60,18 @@ def test_runs_of_another_length_are_refused(tmp_path):
         curves(paths, read_peer)
     updates, scores = curves(paths, read_peer, until=20)
     assert updates.tolist() == [10, 20] and scores.tolist() == [[15, 30], [15, 30]]
+
+
+def test_theirs_and_ours_must_have_the_same_evaluations(tmp_path):
+    (tmp_path / "peers/ours").mkdir(parents=True)
+    for seed in (1, 2):
+        write_peer(tmp_path / f"peers/td3bc-halfcheetah-{seed}.csv", range(6_000, 120_001, 6_000))
+        name = f"peers/ours/halfcheetah-medium-replay-v0__td3_bc__{seed}.csv"
+        shutil.copy(RESULTS / find_ours(RESULTS, name.split("/")[-1]), tmp_path / name)
+    with pytest.raises(InputError, match="theirs and ours were evaluated after different updates"):
+        both(tmp_path, "TD3+BC", range(3))
+    updates, theirs, ours, paths = both(tmp_path, "TD3+BC", range(3), until=120_000)
+    assert updates[-1] == 120_000 and theirs.shape == ours.shape == (2, 20) and len(paths) == 4
 
 
 def test_the_page_has_the_tables_that_it_prints(tmp_path, capsys):

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.lines import READING_ORDER
+from benchmarks.report import source_hash
 from benchmarks.studies import symptoms
-from benchmarks.studies.symptoms import CELLS, Args, figures, import_runs, main, source_hash
+from benchmarks.studies.symptoms import CELLS, Args, figures, import_runs, main
 from common import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,7 @@ METHODS = {  # name: its files in results/peers, ours
 }
 OURS = ("bench/runs", "peers/ours")
 SEEDS = range(10)
-MORE_SEEDS = {"0 to 9": range(10), "10 to 17": range(10, 18), "all": range(18)}
+MORE_SEEDS = range(10, 18)
 MORE_UPDATES = 120_000
 SCORE_EVALS = 10
 
@@ -52,10 +52,9 @@ def read_ours(path: Path) -> dict[str, np.ndarray]:
     return read_csv(path).columns
 
 
-def find_ours(results: Path, name: str) -> Path:
-    """The bench's run of a seed, where it has one."""
-    paths = [results / folder / name for folder in OURS]
-    return next((path for path in paths if path.is_file()), paths[0])
+def find_ours(results: Path, name: str) -> Path | None:
+    """The bench's run of a seed, where it has one; None where there is none at all."""
+    return next((path for folder in OURS if (path := results / folder / name).is_file()), None)
 
 
 def curves(paths: list[Path], read: Callable, until: float = math.inf) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +72,7 @@ def both(results: Path, method: str, seeds: range, until: float = math.inf):
     """updates, their scores, our scores as of `curves`; the csv files"""
     names = [[f"{name}.csv".format(seed=seed) for seed in seeds] for name in METHODS[method]]
     their_paths = [path for name in names[0] if (path := results / "peers" / name).is_file()]
-    our_paths = [path for name in names[1] if (path := find_ours(results, name)).is_file()]
+    our_paths = [path for name in names[1] if (path := find_ours(results, name))]
     (updates, theirs), (our_updates, ours) = curves(their_paths, read_peer, until), curves(our_paths, read_ours, until)
     if not np.array_equal(updates, our_updates):
         raise InputError(f"{method}: theirs and ours were evaluated after different updates")
@@ -110,7 +109,10 @@ def main(args: Args) -> None:
         rows.append(table_row(method, theirs, ours))
     axes[0].set_ylabel("normalised score", fontsize=8)
     finish(figure, args.out, sources)
-    more = [table_row(n, *both(args.results, "TD3+BC", seeds, MORE_UPDATES)[1:3]) for n, seeds in MORE_SEEDS.items()]
+    parts = [both(args.results, "TD3+BC", seeds, MORE_UPDATES)[1:3] for seeds in (SEEDS, MORE_SEEDS)]
+    parts.append([np.concatenate(scores) for scores in zip(*parts)])
+    names = [f"{seeds[0]} to {seeds[-1]}" for seeds in (SEEDS, MORE_SEEDS)] + ["all"]
+    more = [table_row(name, *scores) for name, scores in zip(names, parts)]
     columns = ["runs", "OfflineRL-Kit", "runs", "ours", "difference"]
     print(table(["halfcheetah/medium-replay-v0", *columns], rows), end="\n\n")
     print(table([f"TD3+BC after {MORE_UPDATES:,} updates, seeds", *columns], more))

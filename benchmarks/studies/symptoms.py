@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import run_folders  # noqa: E402
-from benchmarks.report import RESULTS, read_csv, source_hash  # noqa: E402
-from common import InputError, writing  # noqa: E402
+from benchmarks.report import RESULTS, finish, read_csv  # noqa: E402
+from common import InputError  # noqa: E402
 from common.dataset import load_dataset  # noqa: E402
 
 CELLS = [  # dataset, script: what is drawn of the pilot
@@ -104,17 +104,10 @@ def lines(axis: plt.Axes, runs: list[tuple], label: str, color: str, style: str 
         axis.plot(update / 1_000, values, color=color, linestyle=style, linewidth=1.3, alpha=0.9, **name)
 
 
-def finish(figure: plt.Figure, path: Path, sources: list[Path]) -> None:
-    """With the hash of the csv files that it is made from, so that an old picture can be told."""
+def finish_tall(figure: plt.Figure, path: Path, sources: list[Path]) -> None:
     for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0, None)
-    labels = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=1, frameon=False)
-    with writing(path) as part:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(part, dpi=100, format="png", metadata={"Software": None, "Source": source_hash(sources)})
-    plt.close(figure)
+    finish(figure, path, sources, legend_columns=1, dpi=100)
 
 
 def draw_critic(cells: dict, path: Path, sources: list[Path]) -> None:
@@ -135,7 +128,7 @@ def draw_critic(cells: dict, path: Path, sources: list[Path]) -> None:
     axes[0, 0].set_yticks([-100, 0, 100, 1_000, 10_000], ["-100", "0", "100", "1,000", "10,000"])
     axes[0, 0].set_ylabel("q")
     axes[1, 0].set_ylabel("normalised_score")
-    finish(figure, path, sources)
+    finish_tall(figure, path, sources)
 
 
 def draw_penalty(cells: dict, healthy: list, path: Path, sources: list[Path]) -> None:
@@ -152,7 +145,7 @@ def draw_penalty(cells: dict, healthy: list, path: Path, sources: list[Path]) ->
     axes[0].set_title("MOPO on halfcheetah/medium-replay-v0", fontsize="medium")
     axes[1].axhline(0, color=LAW, linestyle=":", label="standing still")
     axes[1].set(ylabel="return_mean", xlabel="thousand updates")
-    finish(figure, path, sources)
+    finish_tall(figure, path, sources)
 
 
 def draw_standstill(without: list, healthy: list, path: Path, sources: list[Path]) -> None:
@@ -164,7 +157,7 @@ def draw_standstill(without: list, healthy: list, path: Path, sources: list[Path
         axis.set_ylabel("return_mean")
     axes[0].set_title("MOPO on hopper/medium-replay-v0", fontsize="medium")
     axes[1].set_xlabel("thousand updates")
-    finish(figure, path, sources)
+    finish_tall(figure, path, sources)
 
 
 def figures(results: Path) -> dict[str, tuple]:
