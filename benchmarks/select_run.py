@@ -216,7 +216,12 @@ class Judge:
 
 
 def measured(judge: Judge, run: Finished) -> dict[str, np.ndarray | None]:
-    """judge.measure(run), or what it was the last time."""
+    """judge.measure(run), or what it was the last time. Raises InputError where the ensemble is the run's own."""
+    if "dynamics_hidden_size" in run.args and run.args["seed"] == judge.args.dynamics_seed:
+        raise InputError(
+            f"{run.folder} learned in the ensemble of its seed, {run.args['seed']}, which would judge it here: "
+            "give another --dynamics-seed"
+        )
     skipped = ("runs", "by", "json", "compile", "trust")
     settings = {name: value for name, value in vars(judge.args).items() if name not in skipped}
     digest = hashlib.blake2b(json.dumps([CACHE_VERSION, judge.data.data_hash, settings]).encode(), digest_size=16)

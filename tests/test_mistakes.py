@@ -40,7 +40,7 @@ def test_every_mistake_has_a_short_name_a_sentence_and_a_public_source():
 
 def test_the_committed_outcome_is_of_this_table_and_all_are_noticed():
     rows, text = tomllib.loads(TABLE.read_text())["mistake"], RESULTS.read_text()
-    commit = re.search(r"Of commit (\S+),", text)[1]
+    commit = re.search(r"Of commit (\S+):", text)[1]
     expected = mistakes.table_lines(rows, ["noticed"] * len(rows), commit)
     assert text.splitlines() == expected, "run python benchmarks/mistakes.py again"
 

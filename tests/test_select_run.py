@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from algos import bc, iql, td3_bc
+from algos import bc, iql, mopo, td3_bc
 from benchmarks import select_run
 from benchmarks.select_run import CRITERIA, Args, Judge
 from benchmarks.studies import selection
@@ -245,6 +245,15 @@ def test_a_run_is_measured_once_and_again_when_its_policy_is_another(home, tmp_p
 
 
 # --- Refusals ---
+def test_an_ensemble_does_not_judge_what_learned_in_it(home, tmp_path):
+    learned = save_run(tmp_path / "run", home / "log.npz", -1.0, script=mopo, seed=7)
+    free = save_run(tmp_path / "free", home / "log.npz", -1.0, seed=7)  # bc: has no ensemble
+    judge = judge_of(home, dynamics_seed=7)
+    with pytest.raises(InputError, match="give another --dynamics-seed"):
+        select_run.measured(judge, select_run.finished(learned, False))
+    assert np.isfinite(select_run.measured(judge, select_run.finished(free, False))["model"]).all()
+
+
 def test_runs_among_which_there_is_no_choice_are_refused_in_one_sentence(home, tmp_path):
     def error(*paths: Path) -> str:
         with pytest.raises(InputError) as caught:
@@ -317,9 +326,10 @@ def test_the_default_has_the_least_mean_regret_and_is_judged_on_sets_that_did_no
     assert regrets["fqe"] == {"a": 0, "b": 0, "c": 80} and regrets["model"] == {"a": 80, "b": 80, "c": 0}
     assert regrets["own"] == regrets["random"] == dict.fromkeys("abc", 44)
     text = selection.report(rows)
-    assert (
-        "It stands on 15 runs of 3 sets (a 5, b 5, c 5)" in text and "**fqe has the least mean regret**, 26.7" in text
-    )
+    assert "It stands on 15 runs of 3 sets (a 5 of 1 methods, b 5 of 1 methods, c 5 of 1 methods)" in text
+    assert "**The least mean regret has fqe**: 26.7" in text
+    equal = case("a", fqe=right, model=right)
+    assert "**The least mean regret has fqe and model**: 0.0" in selection.report(equal)
     # without a or b fqe and model both cost 40 and own 44, the first of equals is taken; without c fqe costs nothing
     assert "| c | fqe | 80.0 | 0.0 | 44.0 |" in text
     (tmp_path / "selection.csv").write_text(selection.csv_of(rows))
@@ -338,6 +348,12 @@ def test_the_study_goes_from_run_folders_to_its_tables(home, tmp_path, monkeypat
     assert "has a single finished run" in err and "It stands on 3 runs of 1 sets" in out
     rows = selection.read_rows(tmp_path / "out" / "selection.csv")
     assert [row["score"] for row in rows] == [5, 95, 60] and np.isnan(rows[0]["own"])
+    values["bad"] = 4.0  # measured again
+    kept = selection.csv_of(rows[:2] + [rows[2] | {"seed": 77}])
+    (tmp_path / "out" / "selection.csv").write_text(kept)
+    selection.main(selection.Args(runs=(home / "runs",), out=tmp_path / "out", add=True))
+    after = selection.read_rows(tmp_path / "out" / "selection.csv")
+    assert [row["fqe"] for row in after] == [4, 3, 2, 2] and after[3]["seed"] == "77"
     with pytest.raises(InputError, match="no dataset has two finished runs"):
         selection.main(selection.Args(runs=(lone,), out=tmp_path / "out"))
 

@@ -1,12 +1,13 @@
 """What runs and loaders endure: kills, disks that fail, damaged data, and data or run folders that want to run code.
 
 kill      each script is killed at random moments and resumed, also where it has no checkpoint yet, until it is done:
-          its checkpoint, policy and csv are bit for bit those of a run that nothing disturbed
+          its checkpoint, policy and csv are bit for bit those of a run that nothing disturbed,
+          but for times and paths
 disk      a run that loses its disk (full, a limit on the size of files, a folder that is read-only or gone) ends with
           one sentence and exit status 1; resumed it ends as if nothing had been, and nothing unfinished is left
 mutants   damaged npz, hdf5 and Minari files load, with finite numbers, or get one sentence      hostile.py
 planted   code that data or a run's folder name does not run, and does where --trust is given    hostile.py
-Run: python benchmarks/studies/endurance.py            everything, an hour on one core
+Run: python benchmarks/studies/endurance.py            everything, an hour and a half on one core
      python benchmarks/studies/endurance.py --quick --only kill disk --scripts mopo sdc
 """
 
@@ -32,6 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import files  # noqa: E402
+from benchmarks.mistakes import git  # noqa: E402
 from benchmarks.report import RESULTS, escape, table  # noqa: E402
 from benchmarks.studies import hostile  # noqa: E402
 from common import InputError  # noqa: E402
@@ -45,7 +47,10 @@ SMALL = {  # settings of a run of some seconds, without those that a script lack
     "transition_updates": 300, "warm_start_updates": 100, "real_ratio_interval": 50, "num_bootstrap": 2,
 }  # fmt: skip
 NOTE = """\
-Written by `python benchmarks/studies/endurance.py --seed {}` in {:.0f} minutes; its head says what each trial demands.
+# What runs and loaders endure
+
+Written by `python benchmarks/studies/endurance.py --seed {}` in {:.0f} minutes, at commit {}. Its head says what each
+trial demands; wrong is a trial that ended otherwise. Killed n times: at random moments, and resumed as often.
 """
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
 FAULTS = ("full", "limited size of files", "read-only", "folder gone")
@@ -183,7 +188,8 @@ def main(args: Args) -> int:
     for (what, _, problem), count in found.items():
         num[what], wrong[what] = num[what] + count, wrong[what] + count * bool(problem)
     rows = [[what, num[what], wrong[what]] for what in num]
-    text = NOTE.format(args.seed, (time.monotonic() - began) / 60) + "\n" + table("campaign, trials, wrong", rows)
+    note = NOTE.format(args.seed, (time.monotonic() - began) / 60, git("rev-parse", "--short=7", "HEAD"))
+    text = note + "\n" + table("campaign, trials, wrong", rows)
     text += "\n" + "".join(f"\n- {escape(', '.join(t))} ({n} times)" for t, n in found.most_common() if t[2])
     print("", text, sep="\n")
     if not args.quick:

@@ -40,7 +40,7 @@ NOTE = """\
 Written by `python benchmarks/studies/selection.py`, whose head defines the columns; the criteria are defined at the
 head of select_run.py. It stands on {runs} runs of {sets} sets ({by_set}), each a row of [selection.csv](selection.csv).
 
-**{best} has the least mean regret**, {regret} points below a set's best run, against {random} for a random run. Among
+**The least mean regret has {best}**: {regret} points below a set's best run, against {random} for a random run. Among
 {of} runs drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on
 the other sets has a mean regret of {left_out} on the one left out.
 """
@@ -48,7 +48,8 @@ READING = """\
 A value above what the data's rewards allow counts as unknown and ranks its run last: {impossible}. If such values
 counted, the mean regrets would be {plain}. Where a criterion knows no run of a set, its regret is that of a run at
 random. With {sets} sets one bad choice moves a mean by up to {step} points: the order of criteria whose means are
-closer than that is not settled. The runs of a set differ in method and seed, and some in the number of updates.
+closer than that is not settled. The runs of a set differ in method and seed, and some in the number of updates: seeds
+from 100 on are those of [the pilot](bench-pilot.md), 60,000 updates of four methods.
 """
 
 
@@ -56,6 +57,7 @@ closer than that is not settled. The runs of a set differ in method and seed, an
 class Args(HomePaths):
     runs: tyro.conf.Positional[tuple[Path, ...]]  # finished runs of several datasets, or folders of them
     out: Path = RESULTS  # where selection.md and selection.csv are written
+    add: bool = False  # to the rows of selection.csv, in the place of the same runs' rows
     trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
 
 
@@ -138,6 +140,10 @@ def read_rows(file: Path) -> list[dict]:
     return [row | {name: float(row[name] or "nan") for name in ("score", *CRITERIA)} for row in rows]
 
 
+def run_of(row: dict) -> list[str]:
+    return [str(row[name]) for name in COLUMNS[: COLUMNS.index("score")]]
+
+
 def csv_of(rows: list[dict]) -> str:
     out = csv.DictWriter(text := io.StringIO(), COLUMNS, lineterminator="\n")
     out.writeheader()
@@ -205,12 +211,14 @@ def wrapped(text: str) -> str:
 
 def report(rows: list[dict]) -> str:
     regrets, of_few, sets = regrets_of(rows), regrets_of(rows, regret_of_few), sets_of(rows)
-    best, num = least(regrets, sets), {one: sum(row["dataset"] == one for row in rows) for one in sets}
+    best, methods = least(regrets, sets), {one: [row["algo"] for row in rows if row["dataset"] == one] for one in sets}
+    equals = [name for name in CRITERIA if mean(regrets[name]) == mean(regrets[best])]
     unlikely = {name: sum(name in row["impossible"].split() for row in rows) for name in CRITERIA}
     plain = regrets_of([row | {"impossible": ""} for row in rows])
     words = {
-        "runs": len(rows), "sets": len(sets), "by_set": ", ".join(f"{one} {count}" for one, count in num.items()),
-        "best": best, "regret": number(mean(regrets[best])), "random": number(mean(regrets["random"])),
+        "runs": len(rows), "sets": len(sets),
+        "by_set": ", ".join(f"{one} {len(by)} of {len(set(by))} methods" for one, by in methods.items()),
+        "best": " and ".join(equals), "regret": number(mean(regrets[best])), "random": number(mean(regrets["random"])),
         "of": OF, "best_of_few": least(of_few, sets), "regret_of_few": number(min(mean(of_few[n]) for n in CRITERIA)),
         "random_of_few": number(mean(of_few["random"])),
         "left_out": number(mean({one: regrets[name][one] for one, name in leaving_out(regrets).items()})),
@@ -240,6 +248,10 @@ def main(args: Args) -> None:
             rows += measure(runs, args.trust)
     if not rows:
         raise InputError("no dataset has two finished runs: a criterion can only be judged where there is a choice")
+    if args.add:
+        before = read_rows(args.out / "selection.csv")
+        rows += [row for row in before if run_of(row) not in map(run_of, rows)]
+        rows.sort(key=lambda row: row["dataset"])
     write_text(args.out / "selection.csv", csv_of(rows))
     rows = read_rows(args.out / "selection.csv")  # the text is of the digits that are kept
     text = report(rows)

@@ -178,7 +178,7 @@ def policy(folder: Path):
 
 
 def inverse_check(data: OfflineDataset, seed: int, noise_scale: float) -> tuple[float, float, float]:
-    """OSR's fitted I(a|s^,s') beside the exact recovery action: share of rows where it is one step, error, slope."""
+    """OSR's fitted I(a|s^,s') beside the exact recovery action: share of rows where one step will do, error, slope."""
     model = osr.inverse_model(data, osr.Args(seed=seed, **INVERSE), lambda loss: loss)  # the runs have trained it
     noise = torch.randn(data.obs.shape, generator=torch.Generator().manual_seed(0))
     perturbed = osr.perturb(data.obs, data.obs.std(dim=0), noise, noise_scale)
@@ -188,11 +188,16 @@ def inverse_check(data: OfflineDataset, seed: int, noise_scale: float) -> tuple[
 
 
 def compare(fitted: np.ndarray, exact: np.ndarray, logged: np.ndarray) -> tuple[float, float, float]:
-    """(num_rows, 2) each. Over the exact actions in the box: their share, the root mean squared error of the fitted
-    ones, and the slope of fitted - logged over exact - logged: 1 where perturbations are answered, 0 where ignored."""
+    """(num_rows, 2) each. The share of rows whose exact action lies in the box; over all components that do, the root
+    mean squared error of the fitted ones, and the slope of fitted - logged over exact - logged: 1 where perturbations
+    are answered, 0 where ignored."""
     inside = np.abs(exact) < 1
     change, answer = (exact - logged)[inside], (fitted - logged)[inside]
-    return inside.mean(), np.sqrt(np.square(answer - change).mean()), (answer * change).sum() / np.square(change).sum()
+    return (
+        inside.all(axis=1).mean(),
+        np.sqrt(np.square(answer - change).mean()),
+        (answer * change).sum() / np.square(change).sum(),
+    )
 
 
 # --- Tables and figure ---

@@ -45,9 +45,9 @@ Written by `python benchmarks/studies/uncertainty.py`, whose head defines the er
 are made again by the simulator from the same simulated states; in the tables is Spearman's rank correlation of what a
 penalty is made of with the true error of that step, the mean over the steps of the rollouts. **kept**: share of
 simulated states that can be put into the simulator; Hopper and Walker2d cut the observed velocities off at 10, and
-the states left out are those where the ensemble is least sure. An end of the episode that the model foresees wrongly
-is an error of the value. Values are those of each run's own critic: MOBILE's U is made of that critic as well, and
-values of different runs cannot be compared.
+states with larger ones are left out; how sure the ensemble is there was not measured. An end of the episode that the
+model foresees wrongly is an error of the value. Values are those of each run's own critic: MOBILE's U is made of that
+critic as well, and values of different runs cannot be compared.
 """
 
 
