@@ -439,8 +439,8 @@ def main(args: Args) -> None:
     if min(args.num_steps, args.processes) < 1:
         raise InputError("--num-steps and --processes must be at least 1")
     if args.env_id or args.dataset_id:
-        if (args.envs, args.grades, args.train) != (Args.envs, Args.grades, Args.train):
-            raise InputError("give --env-id and --dataset-id, or --envs, --grades and --train, not both")
+        if (args.envs, args.grades, args.train, args.sets) != (Args.envs, Args.grades, Args.train, Args.sets):
+            raise InputError("give --env-id and --dataset-id without --sets, --envs, --grades and --train")
         if not (args.env_id and re.search(r"-v\d+$", args.dataset_id)):
             raise InputError("random actions need an --env-id, and a --dataset-id that ends in -v and a number")
         if (folder := minari_folder() / args.dataset_id).exists():

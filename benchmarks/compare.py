@@ -7,19 +7,20 @@ Run: python benchmarks/compare.py mopo combo     one page
 Equations are set by equations.toml, the matrix by matrix.toml.
 """
 
-import argparse
 import difflib
 import html
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
 
+import tyro
 from latex2mathml.converter import convert
 from PIL import Image
 from pygments import token
@@ -42,7 +43,9 @@ from benchmarks.blocks import (  # noqa: E402
     settings,
     steps,
 )  # fmt: skip
+from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.lines import READING_ORDER, changed_lines, source  # noqa: E402
+from common import InputError  # noqa: E402
 
 EDGES = [(before, script) for script, before in READING_ORDER.items() if before]
 FOLDED = {"header", "imports", "TUNED"}  # what these say stands elsewhere on the page, or decides no method
@@ -60,6 +63,14 @@ SET_BETTER = [  # so that a formula looks alike with and without a font made for
     (r"<mi>~</mi>", r"<mo lspace=.28em rspace=.28em>∼</mo>"),
     (r'<mo(?: stretchy="false")?>([|‖])</mo>', r"<mo stretchy=false lspace=.06em rspace=.06em>\1</mo>"),
 ]
+
+
+@dataclass
+class Args(HomePaths):
+    scripts: tyro.conf.Positional[tuple[str, ...]] = ()  # two of algos/, as mopo combo; by default all steps
+    out: Path = ROOT / "pages"  # folder of the pages
+    markdown: bool = False  # write algos/diffs.md in place of pages
+    screenshot: bool = False  # make the README's picture anew, by chromium
 
 
 def escape(text: str) -> str:
@@ -232,8 +243,11 @@ def definitions(a: str, b: str, kind: str, left: list[str], right: list[str]) ->
     if kind == "changed" and left[0] in FOLDED:
         return fold(f"{title} differ{'' if left == ['imports'] else 's'}", inner)
     math = equation_row(*([key for n in names for key in equations(s, n)] for s, names in ((a, left), (b, right))))
-    anchors = "".join(f"<a id={name}></a>" for name in dict.fromkeys(left + right))
-    return f"<section>{anchors}<h3>{title}</h3>{math}{inner}</section>"
+    return f"<section>{anchors(left + right)}<h3>{title}</h3>{math}{inner}</section>"
+
+
+def anchors(names: list[str]) -> str:
+    return "".join(f"<a id={name}></a>" for name in dict.fromkeys(names))
 
 
 def page(title: str, body: str) -> str:
@@ -253,7 +267,9 @@ def compare(a: str, b: str, alone: bool = False) -> str:
         if kind == "same":
             verb = "definition is" if len(left) == 1 else "definitions are"
             whole = code("b", b, [number for name in right for number in blocks(b)[name]])
-            out += fold(f"{len(left)} {verb} the same: {names_of(left)}", f"<div class='code one'>{whole}</div>")
+            out += anchors(right) + fold(
+                f"{len(left)} {verb} the same: {names_of(left)}", f"<div class='code one'>{whole}</div>"
+            )
         else:
             out += definitions(a, b, kind, left, right)
     count = f"{changed_lines(a, b)} lines differ, of {len(lines(a))} and {len(lines(b))}"
@@ -364,7 +380,7 @@ def markdown() -> str:
 def screenshot(page: str) -> None:
     """The critic's loss in a page, alone: chromium takes no picture of a page that is scrolled."""
     if not (chromium := shutil.which("chromium")):
-        sys.exit("--screenshot needs a browser: apt-get install chromium")
+        raise InputError("--screenshot needs a browser: apt-get install chromium")
     flags = "--headless --no-sandbox --hide-scrollbars --window-size=1240,798 --force-device-scale-factor=1.5".split()
     with TemporaryDirectory() as folder:
         file = Path(folder, "page.html")
@@ -374,30 +390,23 @@ def screenshot(page: str) -> None:
     Image.open(PICTURE).convert("RGB").quantize(64, dither=0).save(PICTURE, optimize=True)  # a third of the size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", help="two scripts of algos/, as mopo combo; by default all steps")
-    parser.add_argument("--out", type=Path, default=ROOT / "pages", help="folder of the pages")
-    parser.add_argument("--markdown", action="store_true", help="write algos/diffs.md in place of pages")
-    parser.add_argument("--screenshot", action="store_true", help="make the README's picture anew, by chromium")
-    args = parser.parse_args()
+def main(args: Args) -> None:
     if args.markdown:
-        (ROOT / "algos" / "diffs.md").write_text(markdown())
+        write_text(ROOT / "algos" / "diffs.md", markdown())
         return
     if args.screenshot:
         screenshot(compare("mopo", "combo"))
         return
     if len(args.scripts) not in (0, 2) or not set(args.scripts) <= set(READING_ORDER):
-        sys.exit(f"give two of {', '.join(READING_ORDER)}, or nothing for all steps of the reading order")
+        raise InputError(f"give two of {', '.join(READING_ORDER)}, or nothing for all steps of the reading order")
     alone = bool(args.scripts) and not all((args.out / name).exists() for name in ("index.html", "matrix.html"))
     pages = {link(a, b): compare(a, b, alone) for a, b in ([args.scripts] if args.scripts else EDGES)}
     if not args.scripts:
         pages |= {"index.html": index(), "matrix.html": matrix_page()}
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
-        (args.out / name).write_text(text)
+        write_text(args.out / name, text)
     print(f"{len(pages)} pages in {args.out}, the largest of {max(map(len, pages.values())) // 1_000} kB")
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Args)

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.files import start, write_text  # noqa: E402
-from benchmarks.film import Args, policy_of, run_folders  # noqa: E402
+from benchmarks.film import Args, for_each_run, policy_of  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
 from common.evaluation import call, make_env  # noqa: E402
@@ -81,30 +81,33 @@ def displace(policy: Callable, envs: list[gym.Env], data: OfflineDataset, seed: 
     return rows
 
 
-def main(args: Args) -> None:
+def displace_run(folder: Path, trust: bool) -> None:
+    policy, data, settings = policy_of(folder, trust)
+    names = ("eval_episodes", "seed", "num_updates")
+    try:
+        num, seed, update = (int(settings[name]) for name in names)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder / 'config.json'} lacks a setting, or it is damaged ({error!r})") from None
+    envs = [make_env(data)]
+    with suppress(InputError):  # where the simulator allows no more
+        while len(envs) < num:
+            envs.append(make_env(data))
+    rows = displace(policy, envs, data, [seed, update], num)
+    for env in envs:
+        env.close()
+    table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(folder / "displaced.csv", text.getvalue())
+    for row in rows:
+        cost = f"return {row['return_mean']:8.1f}, distance to the data {row['distance']:.3f}"
+        print(f"displaced   by {row['forced_actions']:>2} actions: {cost}")
+    print(f"            {folder / 'displaced.csv'}", flush=True)
+
+
+def main(args: Args) -> int:
     exact_products(torch.device("cpu"))  # as in training: the same rounding
-    for folder in run_folders(args.runs):
-        policy, data, settings = policy_of(folder, args.trust)
-        names = ("eval_episodes", "seed", "num_updates")
-        try:
-            num, seed, update = (int(settings[name]) for name in names)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{folder / 'config.json'} lacks a setting, or it is damaged ({error!r})") from None
-        envs = [make_env(data)]
-        with suppress(InputError):  # where the simulator allows no more
-            while len(envs) < num:
-                envs.append(make_env(data))
-        rows = displace(policy, envs, data, [seed, update], num)
-        for env in envs:
-            env.close()
-        table = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        write_text(folder / "displaced.csv", text.getvalue())
-        for row in rows:
-            cost = f"return {row['return_mean']:8.1f}, distance to the data {row['distance']:.3f}"
-            print(f"displaced   by {row['forced_actions']:>2} actions: {cost}")
-        print(f"            {folder / 'displaced.csv'}", flush=True)
+    return for_each_run(args.runs, lambda folder: displace_run(folder, args.trust))
 
 
 if __name__ == "__main__":

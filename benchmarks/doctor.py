@@ -360,6 +360,8 @@ def physics(log: Log) -> list[Finding]:
 
 def one_steps(log: Log, env: gym.Env) -> list[Finding]:
     """From the observation of some rows: does the environment go where the row went, and give its reward?"""
+    if not len(log.sample):
+        return [Finding(UNKNOWN, "physics", "no row has a known successor: record next_observations")]
     data, rng = log.data, np.random.default_rng(0)
     env.action_space.seed(0)
     name, known = data.env_spec.id, setter(env, env.reset(seed=0)[0])

@@ -77,7 +77,7 @@ def coverage(fig, ax, log: "Log") -> None:
 
 
 def action_ranges(fig, ax, log: "Log") -> None:
-    low, first, middle, third, high = np.quantile(log.action[log.sample], [0, 0.25, 0.5, 0.75, 1], axis=0)
+    low, first, middle, third, high = np.quantile(log.action, [0, 0.25, 0.5, 0.75, 1], axis=0)
     x = np.arange(len(low))
     ax.vlines(x, low, high, color=FIRST, linewidth=1)
     ax.vlines(x, first, third, color=FIRST, linewidth=5)
@@ -110,7 +110,8 @@ def figures(log: "Log", jump: float) -> str:
 
 def column_table(log: "Log") -> str:
     data, head = log.data, ("column", "mean", "deviation", "least", "most", "usual step")
-    obs, step = data.obs.numpy(), np.sqrt(((log.next_obs - log.obs)[log.sample] ** 2).mean(axis=0)) * data.obs_std
+    obs, steps = data.obs.numpy(), (log.next_obs - log.obs)[log.sample] * data.obs_std
+    step = np.sqrt((steps**2).mean(axis=0)) if len(steps) else np.full(obs.shape[1], np.nan)
     numbers = np.stack([data.obs_mean, data.obs_std, obs.min(axis=0), obs.max(axis=0), step], axis=1)
     rows = "".join(f"<tr><th>{i}</th>{''.join(f'<td>{x:.3g}</td>' for x in row)}</tr>" for i, row in enumerate(numbers))
     titles = "".join(f"<th>{title}</th>" for title in head)

@@ -160,6 +160,8 @@ def export_alarm(
 
 
 def main(args: Args) -> None:
+    if not 0 < args.false_alarms < 1:
+        raise InputError(f"--false-alarms must lie between 0 and 1, not {args.false_alarms}")
     torch.set_num_threads(1)
     load_policy(args.run)  # says what is wrong with it
     saved = torch.load(args.run / "policy.pt", map_location="cpu", weights_only=True)

@@ -16,7 +16,7 @@ import imageio
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.files import HomePaths, start  # noqa: E402
+from benchmarks.files import HomePaths, one_line, start  # noqa: E402
 from common import InputError, explained, writing  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
@@ -38,6 +38,20 @@ def run_folders(paths: tuple[Path, ...]) -> list[Path]:
     if empty := [str(path) for path, found in zip(paths, folders) if not found]:
         raise InputError(f"no run in {', '.join(empty)}: name folders that hold config.json")
     return list(dict.fromkeys(sum(folders, [])))
+
+
+def for_each_run(paths: tuple[Path, ...], do: Callable[[Path], None]) -> int:
+    """do(folder) for all of `run_folders`; of each that is refused a line says why. Returns 1 where one was."""
+    refused, folders = 0, run_folders(paths)
+    for folder in folders:
+        try:
+            do(folder)
+        except InputError as error:
+            if len(folders) == 1:
+                raise
+            print(one_line(f"left out: {error}"), file=sys.stderr, flush=True)
+            refused = 1
+    return refused
 
 
 def check_trust(folder: Path, names: Iterable[str], trust: bool) -> None:
@@ -86,9 +100,8 @@ def film(folder: Path, trust: bool = False) -> Path:
     return folder / "video.gif"
 
 
-def main(args: Args) -> None:
-    for folder in run_folders(args.runs):
-        print(film(folder, args.trust), flush=True)
+def main(args: Args) -> int:
+    return for_each_run(args.runs, lambda folder: print(film(folder, args.trust), flush=True))
 
 
 if __name__ == "__main__":

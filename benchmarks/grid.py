@@ -201,10 +201,11 @@ def with_shared(block: dict, tables: dict, file: str) -> list[dict]:
     """The block itself, or one for each table that it shares."""
     own = {key: value for key, value in block.items() if key != "shared"}
     names = block.get("shared", [])
-    for name in names if isinstance(names, list) else [names]:
+    names = names if isinstance(names, list) else [names]
+    for name in names:
         if not isinstance(tables, dict) or not isinstance(tables.get(str(name)), dict):
             raise InputError(f"{file}: a block shares {name!r}, but there is no [shared.{name}] table")
-    return [tables[name] | own for name in names] if names else [own]
+    return [tables[str(name)] | own for name in names] if names else [own]
 
 
 def as_json(settings) -> dict:

@@ -1,7 +1,8 @@
 """The policies of a grid's finished runs, one small file per dataset, and run folders made of them again.
 
 Weights are halved to float16, which moves an action by about a thousandth of its box; all else stays as it is. What
-comes back can be filmed, displaced, exported and chosen among; critics and checkpoints are not kept.
+comes back can be filmed, displaced, exported and chosen among; critics and checkpoints are not kept. What a file held
+before stays in it, but for runs of the same name.
 Run: python benchmarks/keep.py runs/bench                                      into benchmarks/results/bench/policies
      python benchmarks/keep.py benchmarks/results/bench/policies --to runs/kept    back into run folders
 """
@@ -49,29 +50,38 @@ def kept_run(folder: Path) -> dict:
 
 
 def keep(source: Path, to: Path) -> None:
-    by_dataset = {}
+    by_file = {}
     for folder in run_folders((source,)):
         try:
             run = kept_run(folder)
         except InputError as error:
             print(one_line(f"left out: {error}"), file=sys.stderr)
             continue
-        by_dataset.setdefault(json.loads(run["config"])["args"]["dataset"], {})[folder.name] = run
-    if not by_dataset:
+        runs = by_file.setdefault(to / f"{safe(json.loads(run['config'])['args']['dataset'])}.pt.gz", {})
+        if folder.name in runs:
+            raise InputError(f"two runs in {source} are called {folder.name}: name the folder of one of them")
+        runs[folder.name] = run
+    if not by_file:
         raise InputError(f"no finished run in {source}: there is nothing to keep")
     to.mkdir(parents=True, exist_ok=True)
-    for dataset, runs in by_dataset.items():
-        torch.save(runs, packed := io.BytesIO())
-        with writing(file := to / f"{safe(dataset)}.pt.gz") as part:
+    for file, runs in by_file.items():
+        before = kept_runs(file) if file.exists() else {}
+        torch.save(before | runs, packed := io.BytesIO())
+        with writing(file) as part:
             part.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
-        print(f"{len(runs)} policies -> {file}, {file.stat().st_size / 1e6:.2f} MB")
+        print(f"{len(runs)} policies -> {file}, {len(before | runs)} in all, {file.stat().st_size / 1e6:.2f} MB")
+
+
+def kept_runs(file: Path) -> dict[str, dict]:
+    with explained(f"{file} holds no kept policies", "make it again"):
+        packed = io.BytesIO(gzip.decompress(file.read_bytes()))
+        return torch.load(packed, map_location="cpu", weights_only=True)
 
 
 def restore(source: Path, to: Path) -> None:
     for file in sorted(source.glob("*.pt.gz")):
+        runs = kept_runs(file)
         with explained(f"{file} holds no kept policies", "make it again"):
-            packed = io.BytesIO(gzip.decompress(file.read_bytes()))
-            runs = torch.load(packed, map_location="cpu", weights_only=True)
             for name, run in runs.items():
                 folder = to / safe(name)
                 if folder.exists():

@@ -760,6 +760,9 @@ def main(args: Args) -> int:
     """Exit status: 1 where something is damaged and was left out."""
     if args.datasets and not args.compare:
         raise InputError("--datasets narrows --compare: the report has all of them")
+    readme = args.readme or (ROOT / "README.md" if args.out_dir.resolve() == Args.out_dir else None)
+    if readme and not args.compare:
+        with_table(readme, "")  # says what it lacks before anything is written
     damaged = set()
     if args.runs:
         import_runs(args, damaged)
@@ -777,15 +780,13 @@ def main(args: Args) -> int:
     for cell in sorted(cells, key=lambda cell: (cell.dataset, -cell.runs[0].about["num_updates"])):
         columns.setdefault(cell.protocol, []).append(cell)
     rank, figures = ranks(columns), figure_names(columns)
-    readme = args.readme or (ROOT / "README.md" if args.out_dir == Args.out_dir else None)
-    new_readme = with_table(readme, overview(columns, rank, linked)) if readme else ""  # before anything is written
     draw_heat(args.out_dir / "scores.png", columns, rank)
     for key, here in columns.items():
         draw_curves(args.out_dir / figures[key], here)
     write_text(args.out_dir / "report.csv", report_csv(cells))
     write_text(args.out_dir / "report.md", report(cells, columns, rank, figures))
     if readme:
-        write_text(readme, new_readme)
+        write_text(readme, with_table(readme, overview(columns, rank, linked)))
     print(f"{overview(columns, rank, escape)}\n\n{args.out_dir / 'report.md'}")
     return int(bool(damaged))
 

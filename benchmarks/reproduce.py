@@ -13,6 +13,7 @@ Run: python benchmarks/reproduce.py pendulum/spin mopo
      python benchmarks/reproduce.py pendulum/random mopo --code runs/mistakes/exercise-3    # another checkout's script
 """
 
+import hashlib
 import math
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import grid  # noqa: E402
-from benchmarks.files import HomePaths, safe, start  # noqa: E402
+from benchmarks.files import HomePaths, start  # noqa: E402
 from benchmarks.report import RESULTS, Cell, read_cells, read_folder  # noqa: E402
 from common import InputError  # noqa: E402
 
@@ -86,9 +87,14 @@ def planned_run(args: Args, dataset: str) -> grid.Run:
     block = {key: value[0] for key, value in cell[0].items()}
     block |= {"script": args.method, "dataset": dataset, "seed": args.seed}
     (run,) = grid.make_runs(name, [block], settings)
-    if args.code != ROOT:
-        run.folder = run.folder.with_name(f"{safe(args.code.name)}__{run.folder.name}")
+    run.folder = run.folder.with_name(f"{digest(args.code)}__{run.folder.name}")
     return run
+
+
+def digest(code: Path) -> str:
+    """Of what decides a run: edited code begins a folder of its own."""
+    files = sorted(file for part in ("algos", "common") for file in (code / part).glob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=4).hexdigest()
 
 
 def train(run: grid.Run, code: Path) -> None:

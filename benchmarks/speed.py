@@ -330,6 +330,8 @@ def set_up(name: str, args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if args.peer and not (args.peer / "offlinerlkit").is_dir():
+        sys.exit(f"error: {args.peer} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
     torch.set_num_threads(args.num_threads)
     makers = {"ours": ours(args), "ours, --no-compile": ours_eagerly(args), "plain": plain(args)}
     if args.peer:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import blocks, compare
 from benchmarks.lines import READING_ORDER, source
+from common import InputError
 
 REGENERATE = "run python benchmarks/compare.py --markdown"
 
@@ -77,18 +78,17 @@ def test_pages_need_no_network_and_are_small(pages):
 
 def test_links_lead_to_pages_that_exist(pages):
     for page in pages.values():
-        local = re.findall(r"href=([\w.-]+)\.html(?:#(\w+))?", page)
-        assert {name for name, _ in local} <= pages.keys()
+        for name, at in re.findall(r"href=([\w.-]+)\.html(?:#(\w+))?", page):
+            assert name in pages and (not at or re.search(rf"id={at}\b", pages[name])), (name, at)
 
 
-def test_a_lone_page_leads_nowhere_until_index_and_matrix_lie_beside_it(tmp_path, monkeypatch):
-    argv = ["compare.py", "osr", "sac_bc", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", argv)
-    compare.main()
+def test_a_lone_page_leads_nowhere_until_index_and_matrix_lie_beside_it(tmp_path):
+    args = compare.Args(("osr", "sac_bc"), out=tmp_path)
+    compare.main(args)
     assert "href=index.html" not in (tmp_path / "osr-sac_bc.html").read_text()
     for name in ("index", "matrix"):
         (tmp_path / f"{name}.html").touch()
-    compare.main()
+    compare.main(args)
     assert "href=index.html" in (tmp_path / "osr-sac_bc.html").read_text()
 
 
@@ -133,10 +133,12 @@ def test_the_diffs_for_github_are_up_to_date():
     assert text.count("```") == 2 * text.count("```diff") and len(text) < 400_000
 
 
-def test_an_unknown_script_is_one_clear_sentence(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["compare.py", "mopo", "dreamer"])
-    with pytest.raises(SystemExit, match="^give two of mopo, mobile, .*, or nothing for all steps"):
-        compare.main()
+def test_an_unknown_script_and_a_folder_that_is_a_file_are_one_clear_sentence(tmp_path):
+    with pytest.raises(InputError, match="^give two of mopo, mobile, .*, or nothing for all steps"):
+        compare.main(compare.Args(("mopo", "dreamer")))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        compare.main(compare.Args(("bc", "td3_bc"), out=tmp_path / "file"))
 
 
 class Browser:

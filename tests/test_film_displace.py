@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import pytest
 import torch
@@ -112,11 +113,20 @@ def test_distances_are_those_of_the_nearest_standardised_logged_states(monkeypat
     assert [row["distance"] for row in rows] == pytest.approx([expected] * 4, rel=1e-4)
 
 
-def test_every_run_of_a_folder_is_filmed(runs, capsys):
+def test_every_run_of_a_folder_is_filmed_by_the_actions_of_its_policy(runs, monkeypatch, capsys):
+    calls = []
+
+    def load_counted(folder):
+        policy = load_policy(folder)
+        return lambda obs: calls.append(folder) or policy(obs)
+
+    load_policy = film.load_policy
+    monkeypatch.setattr(film, "load_policy", load_counted)
     film.main(film.Args(runs=(runs,)))
     videos = [runs / name / "video.gif" for name in ("bc", "onestep")]
     assert capsys.readouterr().out.split() == [str(video) for video in videos]
-    assert all(video.read_bytes()[:3] == b"GIF" for video in videos)
+    assert calls == [runs / "bc"] * 200 + [runs / "onestep"] * 200  # Pendulum's episodes end after 200 steps
+    assert all(len(imageio.mimread(video)) >= 100 for video in videos)
 
 
 @pytest.mark.parametrize("main", [displace.main, film.main])

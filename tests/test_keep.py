@@ -66,6 +66,17 @@ def test_unfinished_runs_are_left_out_and_what_is_there_is_kept(run, tmp_path, c
         keep.main(Args(tmp_path / "kept"))
 
 
+def test_new_runs_join_those_that_a_file_holds_and_two_of_one_name_are_refused(run, tmp_path, capsys):
+    keep.main(Args(tmp_path / "runs", tmp_path / "kept"))
+    run.rename(run.with_name("pendulum-random-v0__iql__1"))
+    keep.main(Args(tmp_path / "runs", tmp_path / "kept"))
+    keep.main(Args(tmp_path / "kept", tmp_path / "back"))
+    assert sorted(folder.name[-1] for folder in (tmp_path / "back").iterdir()) == ["0", "1"]
+    shutil.copytree(tmp_path / "runs", tmp_path / "runs" / "again")
+    with pytest.raises(InputError, match="two runs in .* are called pendulum-random-v0__iql__1"):
+        keep.main(Args(tmp_path / "runs", tmp_path / "kept"))
+
+
 def test_nothing_to_keep_and_damaged_files_are_one_sentence(run, tmp_path):
     (run / "policy.pt").unlink()
     with pytest.raises(InputError, match="nothing to keep"):

@@ -1,7 +1,9 @@
 """The gate: its interval against tables and the committed seeds, its answers for right, wrong and missing runs."""
 
 import itertools
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,12 +119,28 @@ def test_results_of_other_settings_are_refused(gate, tmp_path):
         gate(-150.0)
 
 
-def test_another_checkouts_run_has_a_folder_of_its_own():
-    own, other = (
-        reproduce.planned_run(Args("pendulum/spin", "mopo", code=code), "pendulum/spin-v0")
-        for code in (ROOT, Path("runs/mistakes/exercise-3"))
-    )
-    assert own.folder == Path("runs/reproduce/pendulum-spin-v0__mopo__1000")
-    assert other.folder == Path("runs/reproduce/exercise-3__pendulum-spin-v0__mopo__1000")
+def test_edited_code_has_a_folder_of_its_own_and_the_same_code_goes_on(tmp_path):
+    def run():
+        return reproduce.planned_run(Args("pendulum/spin", "mopo", code=copy), "pendulum/spin-v0")
+
+    own = reproduce.planned_run(Args("pendulum/spin", "mopo"), "pendulum/spin-v0")
+    for part in ("algos", "common"):
+        shutil.copytree(ROOT / part, (copy := tmp_path / "copy") / part)
+    assert run().folder == own.folder and own.folder.name.endswith("__pendulum-spin-v0__mopo__1000")
+    for part in ("algos/mopo.py", "common/dynamics.py"):
+        before = run().folder
+        (copy / part).write_text((copy / part).read_text() + "\n")
+        assert run().folder not in (before, own.folder)
     assert own.flags[own.flags.index("--seed") + 1] == "1000" and own.settings["seed"] == 1000
     assert own.settings["num_updates"] == 60_000
+
+
+def test_the_other_checkouts_script_is_trained_and_a_run_that_fails_is_no_score(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        reproduce.subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=1)
+    )
+    args = Args("pendulum/random", "mopo", smoke=True, code=tmp_path, run_dir=tmp_path / "runs")
+    with pytest.raises(InputError, match="the run did not end: the same command goes on"):
+        reproduce.train(reproduce.planned_run(args, "pendulum/random-v0"), tmp_path)
+    assert commands[0][1] == str(tmp_path / "algos" / "mopo.py")

@@ -68,16 +68,6 @@ def test_data_of_no_environment_or_of_another_version_are_refused():
         uncertainty.check_simulator(env, data)
 
 
-def test_spearman_is_that_of_its_textbook_formula_and_blind_to_scale():
-    x, y = np.random.default_rng(0).normal(size=(2, 50))
-    y += x
-    ranks = [sorted(column).index(v) for column in (x, y) for v in column]
-    d = np.array(ranks[:50]) - np.array(ranks[50:])
-    assert uncertainty.spearman(x, y) == pytest.approx(1 - 6 * (d**2).sum() / (50 * (50**2 - 1)))
-    assert uncertainty.spearman(x, np.exp(3 * y)) == uncertainty.spearman(x, y)
-    assert uncertainty.spearman(x, -np.exp(x)) == pytest.approx(-1)
-
-
 class Members:
     """Three members, the first and the last of them elites, that move states by their own amount, without noise."""
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import select_run  # noqa: E402
 from benchmarks.files import HomePaths, one_line, start, write_text  # noqa: E402
+from benchmarks.model_measures import spearman  # noqa: E402
 from benchmarks.report import RESULTS, number, read_folder, table, variant_of  # noqa: E402
 from benchmarks.select_run import CRITERIA, Finished, Judge, data_of, finished_runs, measured  # noqa: E402
-from benchmarks.studies.uncertainty import spearman  # noqa: E402
 from common import InputError  # noqa: E402
 from common.machine import keep_freed_memory  # noqa: E402
 

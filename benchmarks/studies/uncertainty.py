@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import mobile, morel  # noqa: E402
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import check_trust, run_folders  # noqa: E402
+from benchmarks.model_measures import spearman  # noqa: E402
 from benchmarks.report import number, table, variant_of  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
@@ -117,11 +118,6 @@ def check_simulator(env: gym.Env, data: OfflineDataset) -> None:
 
 
 # --- Measures and errors ---
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation of ranks; x, y: (rows,), of continuous values."""
-    return float(np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1])
-
-
 def measures(dynamics: Dynamics, agent, data: OfflineDataset, obs: Tensor, action: Tensor, num_samples: int):
     """What penalties are made of, (rows,) each, by name."""
     next_mean, _, std = dynamics.predict(obs, action)
