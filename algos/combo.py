@@ -13,9 +13,8 @@ Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observ
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 Departures: [lse] as in CQL(H), the first mean is a log-sum-exp over sampled actions; [states] it is taken at all states
-of the batch, not only at simulated ones, as in OfflineRL-Kit, whose v2 scores are the only strong ones. [backup] As in
-CQL, the critic's target has no entropy. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the
-actor's learning rate falls along a cosine and alpha is at most 1.
+of the batch, as in OfflineRL-Kit. [backup] As in CQL, the critic's target has no entropy. As in mopo.py, [entropy] the
+target entropy is -action_dim, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/combo.py
      python algos/combo.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -73,7 +72,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
-    conservative_coef: float = 5.0  # beta in Eq. 2 [0.5 or 5, by dataset: TUNED]; 0: offline MBPO
+    conservative_coef: float = 5.0  # beta in Eq. 2 [0.5 or 5, by dataset: TUNED]; 0, with --backup-entropy: MBPO
     num_samples: int = 10  # K, actions of each of three kinds at a state [OfflineRL-Kit]
     lse: Literal["all", "per-source"] = "all"  # one sum over all 3K actions, or K sums over 3, averaged [OfflineRL-Kit]
     push_down: Literal["mix", "model"] = "mix"  # rho's states: of the whole batch [states], or simulated ones [paper]
@@ -161,7 +160,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:

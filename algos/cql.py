@@ -7,7 +7,7 @@ and the policy would go there, so the critic's loss has one more term, weighted 
 
 It lowers Q at all actions, most where Q is highest, and raises it at the logged ones. combo.py is this with a model.
 Rollouts end:      there are none.
-Gradient stops at: the proposals, the target in critic_loss; actor_loss moves the actor alone.
+Gradient stops at: kappa, the proposals, the target in critic_loss; actor_loss moves the actor alone.
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
 As in the authors' code, [lse] the sum is an importance-weighted one over sampled actions, [backup] the critic's target
@@ -54,7 +54,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
-    conservative_coef: float = 5.0  # w [CQL code: 5 or 10]; 0 is SAC on logged rows
+    conservative_coef: float = 5.0  # w [CQL code: 5 or 10]; 0, with --backup-entropy: SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
     lse: Literal["all", "per-source"] = "all"  # one sum over all 3K actions, or K sums over 3, averaged [OfflineRL-Kit]
     backup_entropy: bool = False  # in the critic's target [backup]
@@ -133,7 +133,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:

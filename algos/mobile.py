@@ -4,10 +4,11 @@ MOPO makes a policy pay for all that the ensemble is unsure of, whether it matte
 doubt does to the value: it lets every elite simulate the same step, values where each of them lands, and penalises how
 far these values lie apart:
 
-    U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_c Q'_c(s',a') ]        bellman_inconsistency()
+    U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_j Q'_j(s',a') ]        bellman_inconsistency()
 
 The critic's target is lower by beta U at simulated rows. U is that of the present target critics, and not stored with
-the rollouts, which makes a run three to five times as long as MOPO's. beta = 0 with --backup-entropy is offline MBPO.
+the rollouts, which makes a run three to five times as long as MOPO's. beta = 0, with --backup-entropy and
+--no-clamp-target, is offline MBPO.
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.
 Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observations and rewards are not.
@@ -163,7 +164,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -192,7 +193,7 @@ class Agent(nn.Module):
 
 
 # --- The method: Sec. 4 ---
-#     B_i(s,a) = mean_j min_c Q'_c(s'_ij, a'_ij),   s'_ij ~ T_i(.|s,a),  a'_ij ~ pi(.|s'_ij),  j = 1 .. K      [value]
+#     B_i(s,a) = mean_k min_j Q'_j(s'_ik, a'_ik),   s'_ik ~ T_i(.|s,a),  a'_ik ~ pi(.|s'_ik),  k = 1 .. K      [value]
 @torch.no_grad()
 def member_backups(agent: Agent, dynamics: Dynamics, obs: Tensor, action: Tensor, noise: Tensor) -> Tensor:
     """What each elite's next states are worth, B (num_elites, rows).

@@ -154,7 +154,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -300,8 +300,8 @@ def rollout(dynamics: Dynamics, actor: Actor, terminal_fn: Callable, starts: Ten
             action, _ = actor(obs, torch.randn(len(obs), action_dim, device=obs.device))
             order = torch.randperm(len(obs), device=obs.device)  # which elite simulates which row
             noise = torch.randn(len(obs), obs.shape[1] + 1, device=obs.device)
-            next_obs, reward, (_, means, std) = dynamics.step(obs, action, order, noise, all_members=True)
-            reward = reward if args.reward_mode == "sample" else means.mean(dim=0)  # [sample]
+            next_obs, reward, (_, reward_mean, std) = dynamics.step(obs, action, order, noise, all_members=True)
+            reward = reward if args.reward_mode == "sample" else reward_mean.mean(dim=0)  # [sample]
             reward, uncertainty = penalized_reward(reward, std, args.penalty_coef)
             doubts.append(args.penalty_coef * uncertainty)
             terminal = terminal_fn(obs, action, next_obs)

@@ -16,7 +16,7 @@ Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fi
 Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine],
 so that only the pessimism differs; the paper's, a natural policy gradient on long episodes, is morel_npg.py. [elites]
 For the same reason Gaussian elites take turns at every step; the paper's members are deterministic, asked one at a
-time. [halt] The paper's rule; its code has, by default, no penalty, and as threshold max_D disc / 3.
+time. [halt] The paper's rule; its code has, by default, no penalty, and as threshold max_D disc / 3 (or 0.5).
 Run: python algos/morel.py
      python algos/morel.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -156,7 +156,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -214,8 +214,8 @@ class PessimisticMDP:
     @torch.no_grad()
     def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """As Dynamics.step. Returns next_obs (batch, obs_dim), reward (batch,), terminal and halted, bool (batch,)."""
-        next_obs, reward, (means, _, _) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
-        halted = ~(discrepancy(means[self.dynamics.elites]) <= self.threshold)  # also where a prediction is no number
+        next_obs, reward, (next_mean, *_) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
+        halted = ~(discrepancy(next_mean[self.dynamics.elites]) <= self.threshold)  # also where it is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
         return next_obs, torch.where(halted, self.halt_reward, reward), terminal, halted  # [halt]
 

@@ -15,7 +15,7 @@ Departures: [elites] The ensemble is that of morel.py: Gaussian elites take turn
 members are deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing
 is bootstrapped where a trajectory ends, by a halt or at the horizon (V is told the time); that code calls no trajectory
 terminated, so that a halt costs almost nothing in A. [first] A trajectory may end at its first step; that code cuts
-none before the fourth. [halt] The paper's rule; that code has, by default, no penalty, and as threshold max_D disc / 3.
+none before the fourth. [halt] The paper's rule; that code has, by default, no penalty, and max_D disc / 3 (or 0.5).
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -151,7 +151,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -205,8 +205,8 @@ class PessimisticMDP:
     @torch.no_grad()
     def step(self, obs: Tensor, action: Tensor, order: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
         """As Dynamics.step. Returns next_obs (batch, obs_dim), reward (batch,), terminal and halted, bool (batch,)."""
-        next_obs, reward, (means, _, _) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
-        halted = ~(discrepancy(means[self.dynamics.elites]) <= self.threshold)  # also where a prediction is no number
+        next_obs, reward, (next_mean, *_) = self.dynamics.step(obs, action, order, noise, all_members=True)  # [elites]
+        halted = ~(discrepancy(next_mean[self.dynamics.elites]) <= self.threshold)  # also where it is no number
         terminal = self.terminal_fn(obs, action, next_obs) | halted
         return next_obs, torch.where(halted, self.halt_reward, reward), terminal, halted  # [halt]
 
@@ -240,12 +240,16 @@ def log_prob(actor: Actor, obs: Tensor, action: Tensor) -> Tensor:
     return (-0.5 * ((action - actor(obs)) / actor.log_std.exp()).square() - actor.log_std).sum(dim=-1)
 
 
-#     KL(pi_old || pi) = sum_k [ log sigma_k - log sigma'_k + (sigma'_k^2 + (mu'_k - mu_k)^2) / (2 sigma_k^2) - 1/2 ]
+#     KL( N_1 || N_2 ) = log(sigma_2 / sigma_1) + [ sigma_1^2 + (mu_1 - mu_2)^2 ] / (2 sigma_2^2) - 1/2
+def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
+    """Per dimension, the shape of the arguments. A tanh of both variables does not change it."""
+    variance, other_variance = (2 * log_std).exp(), (2 * other_log_std).exp()
+    return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
+
+
 def kl_divergence(actor: Actor, obs: Tensor, old_mean: Tensor, old_log_std: Tensor) -> Tensor:
-    """Summed over action dimensions, mean over rows."""
-    square = (2 * old_log_std).exp() + (old_mean - actor(obs)).square()
-    kl = actor.log_std - old_log_std + 0.5 * square * (-2 * actor.log_std).exp() - 0.5
-    return kl.sum(dim=-1).mean()
+    """KL(pi_old || pi), summed over action dimensions, mean over rows."""
+    return gaussian_kl(old_mean, old_log_std, actor(obs), actor.log_std).sum(dim=-1).mean()
 
 
 #     F = Hessian of KL(pi_old || pi) at pi = pi_old

@@ -55,8 +55,8 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     improvement: Literal["reverse-kl", "exp-weights", "easy-bcq"] = "reverse-kl"  # of the behaviour, by its Q
     policy_share: float = 0.25  # of the updates, the last ones: of the policy, with Q as it is; easy-bcq has none
-    kl_coef: float = 1.0  # c, of reverse-kl [one-step code, by dataset]
-    inverse_temperature: float = 3.0  # w, of exp-weights; 0 is behaviour cloning
+    kl_coef: float = 1.0  # c, of reverse-kl [one-step code; paper: by dataset]
+    inverse_temperature: float = 3.0  # w, of exp-weights [as in IQL; one-step code: 0.01]; 0 is cloning
     max_weight: float = 100.0  # of a row in the imitation [one-step code]
     num_samples: int = 10  # actions of the behaviour: candidates of easy-bcq, or for V of exp-weights
     reward_scale: Literal["returns", "none"] = "returns"  # returns: 1000 / (best - worst episode) [rewards]
@@ -135,7 +135,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:

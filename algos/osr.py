@@ -67,7 +67,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     min_std: float = 0.2  # least deviation of the wanted actions [floor]; 0: as fitted
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi), which averages [paper] [kl]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
-    conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic
+    conservative_coef: float = 5.0  # w, of CQL's term [OSR code]; 0, with --backup-entropy: SAC's critic
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
     backup_entropy: bool = False  # in the critic's target [backup]
     latent_dim: int = 32  # of the inverse model [OSR code]
@@ -181,7 +181,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -242,8 +242,8 @@ def inverse_loss(inverse: InverseModel, rows: Tensor, noise: Tensor, latent_coef
     mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, noise)
     x = action.clamp(-0.999, 0.999).atanh()  # at the bounds themselves it would be infinite
     error = (0.5 * ((x - mean) / log_std.exp()).square() + log_std).mean()  # and a constant [likelihood]
-    zero = torch.zeros_like(latent_mean)
-    return error + latent_coef * gaussian_kl(latent_mean, latent_log_std, zero, zero).mean()
+    kl = 0.5 * (latent_mean.square() + (2 * latent_log_std).exp() - 1 - 2 * latent_log_std)
+    return error + latent_coef * kl.mean()
 
 
 #     s^ = s + beta std(s) eps,   eps ~ N(0, 1)      [scaled]
@@ -310,12 +310,12 @@ def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alp
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] + lambda C,   a ~ pi(.|s) reparameterised, at the logged s
-def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, constraint: Tensor, args: Args):
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, term: Tensor, args: Args):
     action, log_prob = agent.actor(obs, noise["action"])
     q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     scale = 1 / q.abs().mean().detach() if args.normalise_q else 1.0
-    info = {"log_prob": log_prob.mean().detach(), "constraint": constraint.detach()}
-    return scale * (alpha * log_prob - q).mean() + args.recovery_coef * constraint, info
+    info = {"log_prob": log_prob.mean().detach(), "constraint": term.detach()}
+    return scale * (alpha * log_prob - q).mean() + args.recovery_coef * term, info
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]

@@ -60,7 +60,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
-    conservative_coef: float = 5.0  # w [OSR code, of CQL's term]; 0 is SAC on logged rows
+    conservative_coef: float = 5.0  # w [OSR code, of CQL's term]; 0, with --backup-entropy: SAC on logged rows
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
     lowered: Literal["lse", "mean"] = "lse"  # Q(s^,a) at all actions, most where it is highest, or pi's mean [lowered]
     raised: Literal["inverse", "logged"] = "inverse"  # Q(s^,a) at I's actions, or for comparison at the logged ones
@@ -174,7 +174,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -204,13 +204,6 @@ class Agent(nn.Module):
 
 
 # --- The method ---
-#     KL( N_1 || N_2 ) = log(sigma_2 / sigma_1) + [ sigma_1^2 + (mu_1 - mu_2)^2 ] / (2 sigma_2^2) - 1/2
-def gaussian_kl(mean: Tensor, log_std: Tensor, other_mean: Tensor, other_log_std: Tensor) -> Tensor:
-    """Per dimension, the shape of the arguments. A tanh of both variables does not change it."""
-    variance, other_variance = (2 * log_std).exp(), (2 * other_log_std).exp()
-    return other_log_std - log_std + (variance + (mean - other_mean).square()) / (2 * other_variance) - 0.5
-
-
 #     L_I = - mean log I(a|s,s',z) + c mean KL( N(m, e^2) || N(0, 1) ),   z = m + e xi
 def inverse_loss(inverse: InverseModel, rows: Tensor, noise: Tensor, latent_coef: float) -> Tensor:
     """rows: (batch, 2 obs_dim + action_dim), of s, s' and a; noise: (batch, latent_dim), xi."""
@@ -219,8 +212,8 @@ def inverse_loss(inverse: InverseModel, rows: Tensor, noise: Tensor, latent_coef
     mean, log_std, latent_mean, latent_log_std = inverse(obs, next_obs, noise)
     x = action.clamp(-0.999, 0.999).atanh()  # at the bounds themselves it would be infinite
     error = (0.5 * ((x - mean) / log_std.exp()).square() + log_std).mean()  # and a constant [likelihood]
-    zero = torch.zeros_like(latent_mean)
-    return error + latent_coef * gaussian_kl(latent_mean, latent_log_std, zero, zero).mean()
+    kl = 0.5 * (latent_mean.square() + (2 * latent_log_std).exp() - 1 - 2 * latent_log_std)
+    return error + latent_coef * kl.mean()
 
 
 #     s^ = s + beta std(s) eps,   eps ~ N(0, 1)      [scaled]

@@ -58,7 +58,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     max_alpha: float = 1.0  # upper bound of the temperature [cosine]; inf: none
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
-    bc_coef: float = 0.1  # lambda, weight of the divergence; 0 is SAC on logged rows
+    bc_coef: float = 0.1  # lambda, weight of the divergence; 0, with --backup-entropy: SAC on logged rows
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || pi_b), or cloning: - log pi of logged actions, no pi_b
     normalise_q: bool = True  # divide SAC's part by mean |Q| [scale]
     backup_entropy: bool = False  # in the critic's target [backup]
@@ -137,7 +137,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:

@@ -77,7 +77,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     mmd_samples: int = 10  # next states of either side
     bandwidth: float | None = None  # of the kernel; by default from the data [width]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
-    conservative_coef: float = 5.0  # w, of CQL's term in the critic's loss [OSR code]; 0 is SAC's critic
+    conservative_coef: float = 5.0  # w, of CQL's term [OSR code]; 0, with --backup-entropy: SAC's critic
     num_samples: int = 10  # K, actions of each of three kinds at a state [CQL code]
     backup_entropy: bool = False  # in the critic's target [backup]
     latent_coef: float = 0.05  # weight of the latent variable's KL in the transition model [latent]
@@ -193,7 +193,7 @@ class Adam(nn.Module):
         # parameters without gradient, so that they are saved and moved with the rest
         self.mean, self.square = (nn.ParameterList(torch.zeros_like(p) for p in params) for _ in range(2))
         self.requires_grad_(False)
-        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # a resumed run may have another
+        self.register_buffer("lr", torch.tensor(lr), persistent=False)  # of the settings or the schedule
         self.register_buffer("step", torch.tensor(0.0))
 
     def minimize(self, loss: Tensor) -> None:
@@ -234,7 +234,8 @@ def transition_loss(transition: TransitionModel, rows: Tensor, noise: Tensor, la
     delta = (next_obs - obs - transition.delta_mean) / transition.delta_std
     mean, log_std = transition.encode(obs, delta)
     error = (transition.decode(obs, mean + log_std.exp() * noise) - delta).square().mean()
-    return error + latent_coef * 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).mean()  # [latent]
+    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+    return error + latent_coef * kl.mean()  # [latent]
 
 
 #     s^ = s + beta std(s) eps,   eps ~ N(0, 1)      [scaled]
@@ -306,13 +307,13 @@ def critic_loss(agent: Agent, batch: list[Tensor], noise: dict[str, Tensor], alp
 
 
 #     L_pi = mean [ alpha log pi(a|s) - min_j Q_j(s,a) ] + kappa C,   a ~ pi(.|s) reparameterised, at the logged s
-def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, constraint: Tensor, args: Args):
+def actor_loss(agent: Agent, obs: Tensor, noise: dict[str, Tensor], alpha: Tensor, term: Tensor, args: Args):
     action, log_prob = agent.actor(obs, noise["action"])
     q = agent.critic(obs, action).amin(dim=0)  # (batch,)
     scale = 1 / q.abs().mean().detach() if args.normalise_q else 1.0
     kappa = agent.log_kappa.detach().exp() if args.multiplier is None else torch.full_like(alpha, args.multiplier)
-    info = {"log_prob": log_prob.mean().detach(), "constraint": constraint.detach(), "kappa": kappa}
-    return scale * (alpha * log_prob - q).mean() + kappa * constraint, info
+    info = {"log_prob": log_prob.mean().detach(), "constraint": term.detach(), "kappa": kappa}
+    return scale * (alpha * log_prob - q).mean() + kappa * term, info
 
 
 #     L_alpha = - log alpha * mean [ log pi(a|s) + target entropy ]

@@ -292,10 +292,10 @@ class BestOfCandidates(nn.Module):
 
     def act(self, obs: Tensor) -> Tensor:
         """(batch, obs_dim) -> (batch, action_dim)"""
-        candidates = obs.expand(len(self.noise), -1, -1).flatten(0, 1)  # (num_candidates batch, obs_dim)
-        action = torch.tanh(self.actor(candidates, self.noise.repeat_interleave(len(obs), dim=0)))
-        best = self.critic(candidates, action)[0].view(-1, len(obs)).argmax(dim=0)  # (batch,)
-        return action.view(-1, len(obs), action.shape[-1])[best, torch.arange(len(obs), device=obs.device)]
+        states = obs.expand(len(self.noise), -1, -1).flatten(0, 1)  # (num_candidates batch, obs_dim)
+        candidates = torch.tanh(self.actor(states, self.noise.repeat_interleave(len(obs), dim=0)))
+        best = self.critic(states, candidates)[0].view(-1, len(obs)).argmax(dim=0)  # (batch,)
+        return candidates.view(-1, len(obs), candidates.shape[-1])[best, torch.arange(len(obs), device=obs.device)]
 
 
 # --- Losses ---
@@ -463,7 +463,8 @@ def main(args: Args) -> None:
     agent.reward_range.copy_(reward_range(data.reward))
     policy = agent.actor
     if args.num_candidates > 1:
-        policy = BestOfCandidates(obs_dim, action_dim, args.hidden_sizes, args.noise_dim, args.num_candidates)
+        with torch.random.fork_rng():  # else training would have other random numbers
+            policy = BestOfCandidates(obs_dim, action_dim, args.hidden_sizes, args.noise_dim, args.num_candidates)
         policy.critic, policy.actor = agent.critic, agent.actor
         policy.noise = policy.noise.normal_(generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     capacity = args.rollout_retain * args.rollout_batch_size * args.rollout_length
@@ -475,8 +476,7 @@ def main(args: Args) -> None:
         after = i - 1 - args.warm_start_updates
         if after >= 0 and after % args.rollout_interval == 0:  # [warm]
             starts = data.obs[torch.randint(len(data.obs), (args.rollout_batch_size,), device=run.device)]
-            rows = rollout(dynamics, agent.actor, terminal_fn, starts, args)
-            buffer.add(rows)
+            buffer.add(rollout(dynamics, agent.actor, terminal_fn, starts, args))
         agent.warm.fill_(after < 0)
         share = real_share(i, args)
         run.note(model_buffer_size=buffer.size, real_share=share)

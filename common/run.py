@@ -52,7 +52,7 @@ RANGES = {  # of settings: from, to; other whole numbers begin at 1, all other n
 
 @dataclass
 class RunArgs:
-    """Settings that every script has and that decide nothing but the last digits of a policy."""
+    """Settings that every script has; all but `preset` decide nothing but the last digits of a policy."""
 
     eval_interval: int = 5_000  # updates between evaluations
     eval_episodes: int = 10  # episodes in an evaluation, deterministic actions
@@ -99,7 +99,7 @@ def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
     for field in fields(Args):
         name, value = field.name, getattr(args, field.name)
         flag, numbers = "--" + name.replace("_", "-"), value if type(value) is tuple else (value,)
-        least, most = RANGES.get(name, (0 if type(numbers[0]) is float else 1, math.inf))
+        least, most = RANGES.get(name, (0 if float in map(type, numbers) else 1, math.inf))
         for number in numbers:
             is_number = type(number) in (int, float)
             if is_number and not (least <= number <= most and (math.isfinite(number) or name == "max_alpha")):

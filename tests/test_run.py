@@ -27,6 +27,7 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._inductor.utils import fresh_cache
 
+import algos.bc as bc
 import algos.mopo as mopo
 import common.run
 from common import InputError, machine
@@ -181,6 +182,15 @@ def test_load_policy_gives_the_policy_that_was_evaluated_in_the_environments_box
     np.testing.assert_allclose(load_policy(folder)(obs[0, 0]), action[0, 0], atol=1e-5)  # one state
 
 
+def test_candidates_at_evaluation_change_nothing_in_training(run):
+    run(script="sdm_gan")
+    run("--num-candidates", "3", "--run-name", "ranked", script="sdm_gan")
+    plain, ranked = (
+        torch.load(run.folder.with_name(name) / "policy.pt", weights_only=True)["actor"] for name in ("run", "ranked")
+    )
+    assert all(torch.equal(ranked[f"actor.{name}"], value) for name, value in plain.items())
+
+
 def test_no_policy_is_loaded_from_a_folder_without_a_finished_run(tmp_path):
     with pytest.raises(InputError, match="holds no policy"):
         load_policy(tmp_path)
@@ -192,6 +202,11 @@ def test_no_policy_imports_a_module_that_is_no_script_here(algo, kind, run):
     torch.save(saved | {"class": kind, "config": json.dumps({"algo": algo})}, file)
     with pytest.raises(InputError, match="holds no policy of a script in algos/|trained no policy"):
         load_policy(run.folder)
+
+
+def test_networks_without_a_hidden_layer_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bc.py", "--hidden-sizes"])
+    assert read_args(bc.Args, bc.TUNED).hidden_sizes == ()
 
 
 def test_a_file_with_d4rls_name_gets_the_settings_of_its_set_and_flags_come_first(monkeypatch):
