@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
@@ -138,6 +139,56 @@ def test_medium_expert_is_medium_followed_by_expert():
     assert torch.equal(both.obs, torch.cat([medium.obs, expert.obs]))
     assert torch.equal(both.reward, torch.cat([medium.reward, expert.reward]))
     assert both.ref_scores == pytest.approx((-20.272305, 3234.3)) and both.env_spec.id == "Hopper-v5"
+
+
+@pytest.fixture
+def pendulum(monkeypatch):
+    """An environment to train in whose box is not [-1, 1], and which random actions end within a few steps."""
+    env = collect.Env("InvertedPendulum-v5", medium=(50, 60), expert=900, max_steps=200)
+    monkeypatch.setitem(collect.ENVS, "pendulum", env)
+    return env
+
+
+def test_medium_replay_is_what_the_training_did_up_to_medium(pendulum):
+    training = collect.train("pendulum", Args(compile=False))
+    training["snapshots"] = [{"step": 150, "return": 55.0}, {"step": 200, "return": 900.0}]
+    collect.record("pendulum", "medium-replay", Args(), training)
+    data, rows = load_dataset("pendulum/medium-replay-v0"), training["rows"][:150]
+    assert data.action_high == 3 and len(training["ends"]) > 2
+    columns = (data.obs, data.action, data.reward[:, None], data.next_obs, data.terminal[:, None])
+    torch.testing.assert_close(torch.cat(columns, dim=1), rows)
+    ends = [end for end in training["ends"][1:] if end < 150]
+    assert (data.episode_end.nonzero().squeeze(1) + 1).tolist() == [*ends, 150]
+    world = pendulum.make().unwrapped  # in its own units the recorded action leads where the training went
+    world.reset(seed=0)
+    for obs, action, next_obs in zip(*(x[:20].numpy().astype(float) for x in (data.obs, data.action, data.next_obs))):
+        world.set_state(obs[:2], obs[2:])
+        np.testing.assert_allclose(world.step(data.to_env_action(action))[0], next_obs, atol=1e-5)
+
+
+def test_a_saved_policy_comes_back_in_half_precision_with_its_card(pendulum, monkeypatch, tmp_path):
+    monkeypatch.setattr(collect, "POLICIES", tmp_path / "policies")
+    weights = mopo.Actor(4, 1, (16, 8)).state_dict()
+    collect.save_policy("pendulum", "expert", {"step": 70, "return": 950.0, "actor": weights}, Args(seed=3))
+    actor, card = collect.load_policy("pendulum", "expert")
+    assert weights.keys() == (loaded := actor.state_dict()).keys()
+    assert all(torch.equal(loaded[name], weights[name].half().float()) for name in weights)
+    assert (card["env"], card["step"], card["return"], card["seed"]) == ("InvertedPendulum-v5", 70, 950.0, 3)
+
+
+def test_the_table_has_a_line_for_every_set_that_is_there():
+    for grade, totals in (("expert", [3234.3]), ("random", [0, 100, 200, 300, 1000])):
+        env = gym.make("Hopper-v5")
+        obs = [env.observation_space.sample() for _ in range(3)]
+        step = lambda reward, ends, stops=False: (env.action_space.sample(), reward, ends, stops)  # noqa: E731
+        episodes = [collect.episode(obs, [step(1.0, False), step(x - 1.0, x < 1000, x >= 1000)]) for x in totals]
+        collect.write_dataset(f"hopper/{grade}-v0", episodes, env, "by hand", {})
+    head, rule, *lines = collect.table(("hopper", "walker2d")).splitlines()
+    assert head.count("|") == rule.count("|") == 8
+    assert lines == [
+        "| hopper/random-v0 | 10 | 5 | 20% | 320 | 0, 100, 200, 300, 1,000 | 10.5 |",
+        "| hopper/expert-v0 | 2 | 1 | 100% | 3,234 | 3,234, 3,234, 3,234, 3,234, 3,234 | 100.0 |",
+    ]
 
 
 def test_a_policy_that_is_not_there_is_told_in_one_sentence(monkeypatch, tmp_path):

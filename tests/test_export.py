@@ -190,6 +190,23 @@ def test_an_alarm_needs_the_log_as_it_was(trained, tmp_path, without_onnx):
         exported(folder, tmp_path / "out", alarm=True)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0, 2.0, float("nan")])
+def test_a_share_of_false_alarms_that_none_can_be_is_refused_before_anything_is_fitted(trained, tmp_path, share):
+    with pytest.raises(InputError, match="--false-alarms must lie between 0 and 1"):
+        exported(trained("mopo"), tmp_path / "out", alarm=True, false_alarms=share)
+
+
+def test_an_alarm_that_differs_from_the_ensemble_is_not_left(trained, tmp_path, without_onnx, monkeypatch):
+    def wrong(alarm):
+        p = export_forms.alarm_arrays(alarm)
+        return p | {"ensemble_bias0": p["ensemble_bias0"] + 0.1}
+
+    monkeypatch.setattr(export, "alarm_arrays", wrong)
+    with pytest.raises(InputError, match="alarm.npz differs from the ensemble, by .*: nothing is exported"):
+        exported(trained("mopo"), tmp_path / "out", alarm=True)
+    assert not any(tmp_path.iterdir())
+
+
 # --- What is not exported ---
 def test_a_folder_that_is_there_stays(trained, tmp_path):
     (tmp_path / "out").mkdir()

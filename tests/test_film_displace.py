@@ -153,6 +153,16 @@ def test_runs_that_are_not_finished_or_know_no_environment_are_refused_in_one_se
     assert "T/a.npz names no environment" in error(blind)
 
 
+@pytest.mark.parametrize("main, made", [(displace.main, "displaced.csv"), (film.main, "video.gif")])
+def test_a_run_that_is_refused_is_passed_over_and_told_by_the_exit_status(main, made, runs, tmp_path, capsys):
+    begun = Path(shutil.copytree(runs / "bc", tmp_path / "all" / "begun"))
+    (begun / "policy.pt").unlink()
+    done = Path(shutil.copytree(runs / "bc", tmp_path / "all" / "done", ignore=shutil.ignore_patterns(made)))
+    assert main(film.Args(runs=(tmp_path / "all",))) == 1
+    assert f"left out: {begun} holds no policy" in capsys.readouterr().err and (done / made).is_file()
+    assert main(film.Args(runs=(done,))) == 0
+
+
 @pytest.mark.parametrize("main", [displace.main, film.main])
 def test_what_a_run_folder_names_is_imported_with_trust_alone(main, runs, tmp_path, monkeypatch):
     (tmp_path / "theirs.py").write_text("import gymnasium as gym\ngym.register('Theirs-v0', lambda **_: 1 / 0)")

@@ -181,6 +181,43 @@ def test_a_penalty_that_only_random_actions_feel_is_to_be_looked_at():
     assert model_report.penalty(numbers, True).level == LOOK and model_report.penalty(numbers, False).level == FINE
 
 
+# --- What an ensemble without a fit is blamed for ---
+def case_with(data, model, threshold=np.inf):
+    """Rollouts of 5 steps, in which no episode ends."""
+    mdp = SimpleNamespace(dynamics=model, threshold=threshold)
+    mdp.terminal_fn = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)
+    apart = model, torch.ones(len(data.obs), dtype=torch.bool), "all rows"
+    return model_report.Case(data, model, mdp, torch.arange(600), 0.1, 5, apart, 50, torch.Generator())
+
+
+@pytest.mark.parametrize("std, grade", [(0.14, LOOK), (0.16, FINE)])
+def test_deviations_below_half_the_error_are_too_proud_and_their_columns_named(data, std, grade):
+    _, found = model_report.holdout(case_with(data, Perfect(off=(0.3, 0.3), std=std)))
+    assert (found.check, found.level) == ("calibration", grade)
+    named = "within two 0 in obs[0], 0 in obs[1], 0 in reward: the ensemble claims more than it knows"
+    assert (named in found.text) == (grade == LOOK)
+
+
+@pytest.mark.parametrize(
+    "off, grade, todo",
+    [(0.05, FINE, "from step 16 on no better than that"), (0.1, LOOK, "take --rollout-length 2 or less"),
+     (0.2, SERIOUS, "do not train in this model, record more")],
+)  # fmt: skip
+def test_a_model_that_errs_more_than_no_change_is_blamed_by_where_it_begins_to(data, off, grade, todo):
+    (found,) = model_report.open_loop(case_with(data, Perfect(off=(off, off))))
+    assert found.level == grade and found.text.endswith(todo)
+
+
+@pytest.mark.parametrize("push, grade", [(0.94, LOOK), (0.97, FINE)])
+def test_morel_halts_too_often_where_that_ends_a_fifth_of_the_recorded_rollouts(data, push, grade):
+    # the members part too far where a push is larger: at some step in 1 - push^5 of the rollouts of 5
+    case = case_with(data, Perfect(off=(0.0, 1.0)), threshold=push * 2**0.5)
+    found, _ = model_report.in_the_model(case)
+    assert (found.check, found.level) == ("MOReL halts", grade)
+    assert case.numbers["recorded"]["halted by step"][-1] == pytest.approx(1 - push**5, abs=0.03)
+    assert ("raise --threshold-coef" in found.text) == (grade == LOOK)
+
+
 # --- Whole reports of fitted ensembles ---
 def test_nothing_is_wrong_with_good_data_but_that_no_environment_is_known(good):
     found, case = good

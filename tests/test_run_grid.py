@@ -133,6 +133,12 @@ def test_a_block_is_made_once_with_each_table_that_it_shares_and_its_own_setting
     assert [(one["seed"], one["gamma"], one["num_updates"]) for one in made] == [(0, 0.8, 5), (1, 0.8, 5), (2, 0.99, 5)]
 
 
+def test_a_block_may_name_the_one_table_that_it_shares(home):
+    Path("g.toml").write_text('[shared.1]\nseed = [3, 4]\n[[grid]]\nscript = "mopo"\nshared = "1"\n')
+    args = run.Args(grid="g.toml")
+    assert [made.settings["seed"] for made in run.make_runs(*run.read_grid(args), args)] == [3, 4]
+
+
 def test_a_grid_goes_seed_by_seed_and_set_by_set_so_that_a_part_of_it_can_be_compared(home, capsys):
     axes = 'seed = [0, 1]\ndataset = ["b.npz", "a.npz"]\n'
     Path("g.toml").write_text("".join(f'[[grid]]\nscript = "{script}"\n{axes}' for script in ("iql", "bc")))
@@ -364,6 +370,28 @@ def test_what_a_killed_start_has_left_behind_counts_as_room(home, monkeypatch):
     assert left_behind.wait() == 0 and (folder / "policy.pt").is_file()
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ({"workers": -1}, "--workers must be at least 0"),
+        ({"threads": 0}, "--threads must be at least 1"),
+        ({"gpus_per_run": -0.5}, "--gpus-per-run must be at least 0"),
+        ({"memory_per_worker": 0.0}, "--memory-per-worker must be at least 0.01"),
+        ({"memory_per_worker": float("nan")}, "--memory-per-worker must be at least 0.01"),
+        ({"script": ""}, "nothing to run: name the file of a grid, or a script with --script"),
+        ({"set": ("gamma",)}, "--set gamma: write name=value or name=value,value, and every name once"),
+        ({"set": ("gamma=0.9", "gamma=0.8")}, "--set gamma=0.8: write name=value"),
+        ({"set": ("dataset=a.npz",)}, "--set dataset=a.npz: give it as --dataset, with a blank between values"),
+        ({"grid": "g.toml"}, "give the file of a grid, or --script, --dataset, --seeds and --set, not both"),
+        ({"grid": "no.toml", "script": ""}, "cannot read the grid no.toml: No such file or directory"),
+    ],
+)
+def test_flags_that_make_no_grid_are_refused_with_one_sentence(home, args, words):
+    with pytest.raises(InputError) as error:
+        run.main(run.Args(**{"script": "iql", "dry_run": True} | args))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 # --- What happens to runs ---
 def test_a_failing_run_stops_nothing_and_is_listed_with_its_last_words(home, capsys):
     grid = write_grid(home, 'dataset = ["missing.npz", "pendulum/random-v0"]')
@@ -376,6 +404,14 @@ def test_a_failing_run_stops_nothing_and_is_listed_with_its_last_words(home, cap
     assert run.main(run.Args(grid=grid, workers=1)) == 1  # the finished one is skipped
     assert done.stat().st_mtime_ns == before
     assert "1 finished" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_is_reported_by_the_name_of_the_signal(home, capsys, monkeypatch):
+    start, kill = run.start, ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    monkeypatch.setattr(run, "start", lambda command, *rest, **gpu: start(kill, *rest, **gpu))
+    assert run.main(run.Args(grid=write_grid(home, ""), workers=1)) == 1
+    out = capsys.readouterr().out
+    assert "failed      pendulum-random-v0__iql__0, killed by SIGKILL\n" in out and "0 of 1 runs finished" in out
 
 
 def test_a_folder_with_other_settings_is_refused_and_kept(home):
@@ -420,6 +456,13 @@ def test_two_workers_that_want_the_same_ensemble_fit_it_once(home):
     assert len(list((home / "cache" / "dynamics").glob("*.pt"))) == 1
 
 
+def wait_for_checkpoints(runner: subprocess.Popen, number: int) -> None:
+    deadline = time.monotonic() + 300
+    while len(list(Path("runs/g").glob("*/checkpoint.pt"))) < number:
+        assert runner.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def kill_all(runner: subprocess.Popen, folder: Path) -> None:
     """SIGKILL for the runner and for every process with its folder in the command line, as when a machine goes down."""
     runner.kill()
@@ -460,6 +503,24 @@ def test_a_killed_grid_goes_on_and_ends_as_an_undisturbed_one(home, everything):
         assert_same_run(folder / name, home / "whole" / "g" / name)
 
 
+@pytest.mark.slow
+def test_ctrl_c_stops_the_runs_at_a_checkpoint_and_says_how_to_go_on(home):
+    endless = re.sub("(num-updates|eval-interval) = .*", r"\1 = 1_000_000", TINY)
+    flags = ["--run-dir", str(home / "runs"), "--workers", "1"]  # by this folder what stays behind is killed
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), write_grid(home, "", tiny=endless), *flags]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_checkpoints(runner, 1)
+        runner.send_signal(signal.SIGINT)
+        output, _ = runner.communicate(timeout=60)
+    finally:
+        kill_all(runner, home)
+    folder = Path("runs/g/pendulum-random-v0__iql__0")
+    assert runner.returncode == 130, output
+    assert f"to go on: python {shlex.join(command[1:])}" in output and "0 of 1 runs finished, 0 failed" in output
+    assert not (folder / "policy.pt").exists() and "stopped     after" in (folder / "log.txt").read_text()
+
+
 # --- Ray ---
 @pytest.fixture
 def cluster(home):
@@ -476,13 +537,6 @@ def start_on_ray(grid: str, cluster) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_checkpoints(runner: subprocess.Popen, number: int) -> None:
-    deadline = time.monotonic() + 300
-    while len(list(Path("runs/g").glob("*/checkpoint.pt"))) < number:
-        assert runner.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def assert_finished_as_here(runner: subprocess.Popen, grid: str, seeds: tuple[int, ...]) -> None:
     output, _ = runner.communicate(timeout=300)
     assert runner.returncode == 0, output
@@ -494,6 +548,7 @@ def assert_finished_as_here(runner: subprocess.Popen, grid: str, seeds: tuple[in
         assert there["commit"] == here["commit"] != ""
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_in_the_middle_of_the_grid_costs_what_came_after_the_last_checkpoint(home, cluster):
     grid = write_grid(home, "seed = [0, 1, 2]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
     node = cluster.add_node(num_cpus=1, memory=4 * 10**9)
@@ -505,6 +560,7 @@ def test_a_node_that_dies_in_the_middle_of_the_grid_costs_what_came_after_the_la
     assert sum("--resume" in file.read_text() for file in Path("runs/g").glob("*/log.txt")) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_grid_on_a_cluster_goes_on_from_the_last_checkpoint(home, cluster):
     grid = write_grid(home, "seed = [0]", tiny=TINY.replace("num-updates = 60", "num-updates = 600"))
     runner, folder = start_on_ray(grid, cluster), Path("runs/g/pendulum-random-v0__iql__0")
