@@ -7,7 +7,7 @@ far these values lie apart:
     U(s,a) = std_i B_i(s,a),   B_i(s,a) = E_{s' ~ T_i, a' ~ pi} [ min_j Q'_j(s',a') ]        bellman_inconsistency()
 
 The critic's target is lower by beta U at simulated rows. U is that of the present target critics, and not stored with
-the rollouts, which makes a run three to five times as long as MOPO's. beta = 0, with --backup-entropy and
+the rollouts: computing it makes a run three to five times as long as MOPO's. beta = 0, with --backup-entropy and
 --no-clamp-target, is offline MBPO.
 Rollouts end:      after h steps, or where terminal_fn says so.
 Gradient stops at: U, the target in critic_loss, the whole rollout; actor_loss moves the actor alone.

@@ -15,7 +15,8 @@ Departures: [elites] The ensemble is that of morel.py: Gaussian elites take turn
 members are deterministic, each simulates trajectories of its own, and the reward is given, not learned. [end] Nothing
 is bootstrapped where a trajectory ends, by a halt or at the horizon (V is told the time); that code calls no trajectory
 terminated, so that a halt costs almost nothing in A. [first] A trajectory may end at its first step; that code cuts
-none before the fourth. [halt] The paper's rule; that code has, by default, no penalty, and max_D disc / 3 (or 0.5).
+none before the fourth. [halt] The paper's rule; that code has, by default, no penalty, and as threshold
+max_D disc / 3 (or 0.5).
 Run: python algos/morel_npg.py
      python algos/morel_npg.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

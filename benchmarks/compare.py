@@ -267,9 +267,8 @@ def compare(a: str, b: str, alone: bool = False) -> str:
         if kind == "same":
             verb = "definition is" if len(left) == 1 else "definitions are"
             whole = code("b", b, [number for name in right for number in blocks(b)[name]])
-            out += anchors(right) + fold(
-                f"{len(left)} {verb} the same: {names_of(left)}", f"<div class='code one'>{whole}</div>"
-            )
+            title = f"{len(left)} {verb} the same: {names_of(left)}"
+            out += anchors(right) + fold(title, f"<div class='code one'>{whole}</div>")
         else:
             out += definitions(a, b, kind, left, right)
     count = f"{changed_lines(a, b)} lines differ, of {len(lines(a))} and {len(lines(b))}"

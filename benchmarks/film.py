@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import gymnasium as gym
 import imageio
@@ -21,6 +22,7 @@ from common import InputError, explained, writing  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
+T = TypeVar("T")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # nothing is shown: pygame needs no screen
 
 
@@ -40,18 +42,24 @@ def run_folders(paths: tuple[Path, ...]) -> list[Path]:
     return list(dict.fromkeys(sum(folders, [])))
 
 
-def for_each_run(paths: tuple[Path, ...], do: Callable[[Path], None]) -> int:
-    """do(folder) for all of `run_folders`; of each that is refused a line says why. Returns 1 where one was."""
-    refused, folders = 0, run_folders(paths)
-    for folder in folders:
+def from_runs(paths: tuple[Path, ...], make: Callable[[Path], T]) -> dict[Path, T]:
+    """make(folder) of all `run_folders`, by folder; where it raises InputError a line says why the run is left out."""
+    made = {}
+    for folder in run_folders(paths):
         try:
-            do(folder)
+            made[folder] = make(folder)
         except InputError as error:
-            if len(folders) == 1:
-                raise
             print(one_line(f"left out: {error}"), file=sys.stderr, flush=True)
-            refused = 1
-    return refused
+    return made
+
+
+def for_each_run(paths: tuple[Path, ...], do: Callable[[Path], None]) -> int:
+    """As `from_runs`, but a lone run raises. Returns the exit status: 1 where a run was left out."""
+    folders = run_folders(paths)
+    if len(folders) == 1:
+        do(folders[0])
+        return 0
+    return int(len(from_runs(paths, do)) < len(folders))
 
 
 def check_trust(folder: Path, names: Iterable[str], trust: bool) -> None:

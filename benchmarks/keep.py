@@ -20,8 +20,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.files import HomePaths, one_line, safe, start, write_text  # noqa: E402
-from benchmarks.film import run_folders  # noqa: E402
+from benchmarks.files import HomePaths, safe, start, write_text  # noqa: E402
+from benchmarks.film import from_runs  # noqa: E402
 from benchmarks.report import RESULTS, public_command, without_folder  # noqa: E402
 from common import InputError, explained, writing  # noqa: E402
 from common.dynamics import save  # noqa: E402
@@ -51,12 +51,7 @@ def kept_run(folder: Path) -> dict:
 
 def keep(source: Path, to: Path) -> None:
     by_file = {}
-    for folder in run_folders((source,)):
-        try:
-            run = kept_run(folder)
-        except InputError as error:
-            print(one_line(f"left out: {error}"), file=sys.stderr)
-            continue
+    for folder, run in from_runs((source,), kept_run).items():
         runs = by_file.setdefault(to / f"{safe(json.loads(run['config'])['args']['dataset'])}.pt.gz", {})
         if folder.name in runs:
             raise InputError(f"two runs in {source} are called {folder.name}: name the folder of one of them")

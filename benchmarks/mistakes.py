@@ -112,10 +112,8 @@ def git(*words: str) -> str:
 def table_lines(mistakes: list[dict[str, str]], results: list[str], commit: str) -> list[str]:
     """Of results/mistakes.md."""
     lines = ["# Known mistakes, and the tests that notice them", ""]
-    lines += [
-        f"Of commit {commit}: `python benchmarks/mistakes.py` put each mistake into a copy of the repository, where"
-    ]
-    lines += [f"its test then failed, as it should, in {results.count('noticed')} cases of {len(results)}.", ""]
+    made = f"Of commit {commit}: `python benchmarks/mistakes.py` put each mistake into a copy of the repository, where"
+    lines += [made, f"its test then failed, as it should, in {results.count('noticed')} cases of {len(results)}.", ""]
     lines += ["| name | file | mistake | found in | test | outcome |", "| --- | --- | --- | --- | --- | --- |"]
     for row, result in zip(mistakes, results, strict=True):
         cells = *(row[key].replace("|", "\\|") for key in ("name", "file", "mistake", "found", "test")), result

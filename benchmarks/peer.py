@@ -78,11 +78,15 @@ class OldEnv:
         return {name: column.numpy() for name, column in columns.items()}
 
 
+def check_checkout(folder: Path) -> None:
+    if not (folder / "run_example").is_dir():
+        raise InputError(f"{folder} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
+
+
 def main(args: Args) -> None:
     if args.num_updates % 1_000 or args.eval_interval % 1_000:
         raise InputError("--num-updates and --eval-interval must be multiples of 1,000, OfflineRL-Kit's epoch")
-    if not (args.peer / "run_example").is_dir():
-        raise InputError(f"{args.peer} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
+    check_checkout(args.peer)
     torch.set_num_threads(args.num_threads)
     exact_products(torch.device("cpu"))
     data = load_dataset(args.dataset)

@@ -13,7 +13,6 @@ Run: python benchmarks/reproduce.py pendulum/spin mopo
      python benchmarks/reproduce.py pendulum/random mopo --code runs/mistakes/exercise-3    # another checkout's script
 """
 
-import hashlib
 import math
 import shlex
 import subprocess
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import grid  # noqa: E402
 from benchmarks.files import HomePaths, start  # noqa: E402
-from benchmarks.report import RESULTS, Cell, read_cells, read_folder  # noqa: E402
+from benchmarks.report import RESULTS, Cell, read_cells, read_folder, source_hash  # noqa: E402
 from common import InputError  # noqa: E402
 
 
@@ -94,7 +93,7 @@ def planned_run(args: Args, dataset: str) -> grid.Run:
 def digest(code: Path) -> str:
     """Of what decides a run: edited code begins a folder of its own."""
     files = sorted(file for part in ("algos", "common") for file in (code / part).glob("*.py"))
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=4).hexdigest()
+    return source_hash(files)[:8]
 
 
 def train(run: grid.Run, code: Path) -> None:

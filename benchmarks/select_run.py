@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import fqe, morel  # noqa: E402
 from algos.mopo import penalized_reward  # noqa: E402
 from benchmarks.files import HomePaths, one_line, start, write_text  # noqa: E402
-from benchmarks.film import check_trust, run_folders  # noqa: E402
+from benchmarks.film import check_trust, from_runs  # noqa: E402
 from common import InputError, explained  # noqa: E402
 from common.dataset import OfflineDataset, cache_dir, load_dataset  # noqa: E402
 from common.dynamics import Dynamics, load_or_fit  # noqa: E402
@@ -93,13 +93,7 @@ def finished(folder: Path, trust: bool) -> Finished:
 
 def finished_runs(paths: tuple[Path, ...], trust: bool) -> list[Finished]:
     """Those that are, or lie in, `paths`; of each of the others a line says why it is left out."""
-    runs = []
-    for folder in run_folders(paths):
-        try:
-            runs.append(finished(folder, trust))
-        except InputError as error:
-            print(one_line(f"left out: {error}"), file=sys.stderr)
-    return runs
+    return list(from_runs(paths, lambda folder: finished(folder, trust)).values())
 
 
 def data_of(runs: list[Finished], trust: bool) -> OfflineDataset:

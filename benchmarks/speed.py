@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common.dynamics  # noqa: E402
 from algos import bc, combo, cql, iql, mobile, mopo, onestep, sac_bc, td3_bc  # noqa: E402
 from benchmarks.files import HomePaths, start  # noqa: E402
+from benchmarks.peer import check_checkout  # noqa: E402
 from common.dynamics import Dynamics  # noqa: E402
 from common.machine import compiled, exact_products, keep_freed_memory  # noqa: E402
 
@@ -330,8 +331,8 @@ def set_up(name: str, args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    if args.peer and not (args.peer / "offlinerlkit").is_dir():
-        sys.exit(f"error: {args.peer} is no checkout of OfflineRL-Kit: clone it and name its folder with --peer")
+    if args.peer:
+        check_checkout(args.peer)
     torch.set_num_threads(args.num_threads)
     makers = {"ours": ours(args), "ours, --no-compile": ours_eagerly(args), "plain": plain(args)}
     if args.peer:

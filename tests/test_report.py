@@ -476,6 +476,9 @@ def test_bad_input_is_said_in_one_sentence(tmp_path):
     )
     (tmp_path / "x.md").write_text("no markers")
     assert error(readme=tmp_path / "x.md").startswith("T/x.md lacks the lines <!-- scores --> and <!-- /scores -->")
+    make_run(tmp_path / "m" / "2", [1, 2], seed=2)
+    assert error(tmp_path / "m", readme=tmp_path / "x.md").startswith("T/x.md lacks the lines")
+    assert not list((tmp_path / "out" / "runs").glob("*2.csv"))  # nothing was imported
 
 
 def test_a_damaged_csv_is_left_out_until_its_run_folder_is_imported_again(tmp_path, capsys, monkeypatch):

@@ -133,8 +133,9 @@ def test_a_block_is_made_once_with_each_table_that_it_shares_and_its_own_setting
     assert [(one["seed"], one["gamma"], one["num_updates"]) for one in made] == [(0, 0.8, 5), (1, 0.8, 5), (2, 0.99, 5)]
 
 
-def test_a_block_may_name_the_one_table_that_it_shares(home):
-    Path("g.toml").write_text('[shared.1]\nseed = [3, 4]\n[[grid]]\nscript = "mopo"\nshared = "1"\n')
+@pytest.mark.parametrize("table, name", [("small", '"small"'), ("1", "[1]")])
+def test_a_block_may_name_the_one_table_that_it_shares(home, table, name):
+    Path("g.toml").write_text(f'[shared.{table}]\nseed = [3, 4]\n[[grid]]\nscript = "mopo"\nshared = {name}\n')
     args = run.Args(grid="g.toml")
     assert [made.settings["seed"] for made in run.make_runs(*run.read_grid(args), args)] == [3, 4]
 

@@ -249,8 +249,8 @@ def main(args: Args) -> None:
     if not rows:
         raise InputError("no dataset has two finished runs: a criterion can only be judged where there is a choice")
     if args.add:
-        before = read_rows(args.out / "selection.csv")
-        rows += [row for row in before if run_of(row) not in map(run_of, rows)]
+        measured_now, before = [run_of(row) for row in rows], read_rows(args.out / "selection.csv")
+        rows += [row for row in before if run_of(row) not in measured_now]
         rows.sort(key=lambda row: row["dataset"])
     write_text(args.out / "selection.csv", csv_of(rows))
     rows = read_rows(args.out / "selection.csv")  # the text is of the digits that are kept
