@@ -90,7 +90,7 @@ TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our 
     ),
     "other": dict(
         num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
-        rollout_batch_size=5_000, dynamics_hidden_size=128, dynamics_max_epochs=20, num_samples=4,
+        rollout_batch_size=5_000, dynamics_hidden_size=128, num_samples=4,
     ),
 } | {
     f"d4rl/{name}-v2": dict(rollout_length=length, penalty_coef=coef, clamp_target=True, **rest)

@@ -88,7 +88,7 @@ TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our 
     ),
     "other": dict(
         num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
-        rollout_batch_size=5_000, dynamics_hidden_size=128, dynamics_max_epochs=20,
+        rollout_batch_size=5_000, dynamics_hidden_size=128,
     ),
 } | {
     f"d4rl/{name}-{grade}-v2": dict(halt_offset=offset)

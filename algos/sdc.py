@@ -94,7 +94,7 @@ TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/
     ),
     "other": dict(
         num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64),
-        num_samples=4, transition_updates=10_000, dynamics_hidden_size=128, dynamics_max_epochs=20,
+        num_samples=4, transition_updates=10_000, dynamics_hidden_size=128,
     ),
 }  # fmt: skip
 

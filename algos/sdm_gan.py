@@ -94,7 +94,7 @@ TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our 
     ),
     "other": dict(
         num_updates=120_000, eval_interval=4_000, hidden_sizes=(64, 64), batch_size=256,
-        rollout_batch_size=1_000, num_bootstrap=4, dynamics_hidden_size=128, dynamics_max_epochs=20,
+        rollout_batch_size=1_000, num_bootstrap=4, dynamics_hidden_size=128,
         warm_start_updates=4_800, real_ratio_interval=600,
     ),
 } | {

@@ -66,7 +66,7 @@ class Args(HomePaths):
     termination: str = "auto"  # when simulated episodes end: as in algos/mopo.py
     dynamics_seed: int = 1_000  # no run's own: a policy knows how to exploit the ensemble that it was trained in
     dynamics_hidden_size: int = 128  # as on the bench
-    dynamics_max_epochs: int = 20  # as on the bench
+    dynamics_max_epochs: int | None = None  # of its fit; by default it ends when no member improves
     compile: bool = True  # fqe's update as one graph: pays from about five runs on
     trust: bool = False  # import the modules that a run's folder or its data name: code of whoever made them
 

@@ -35,10 +35,12 @@ from common import InputError  # noqa: E402
 from common.machine import keep_freed_memory  # noqa: E402
 
 NUM_SUBSETS, OF = 2_000, 5
+MAX_EPOCHS = 20  # of the judge's ensemble: as many as the runs' own had, on the bench
 COLUMNS = ("dataset", "algo", "variant", "seed", "updates", "score", *CRITERIA, "impossible")
 NOTE = """\
 Written by `python benchmarks/studies/selection.py`, whose head defines the columns; the criteria are defined at the
 head of select_run.py. It stands on {runs} runs of {sets} sets ({by_set}), each a row of [selection.csv](selection.csv).
+The ensemble that judges was fitted for {max_epochs} epochs.
 
 **The least mean regret has {best}**: {regret} points below a set's best run, against {random} for a random run. Among
 {of} runs drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on
@@ -113,7 +115,7 @@ def sets_of(rows: list[dict]) -> list[str]:
 # --- Measuring ---
 def measure(runs: list[Finished], trust: bool) -> list[dict]:
     """The rows of one dataset. Raises InputError where it has no two runs with a score."""
-    rows, judge = [], Judge(data_of(runs, trust), select_run.Args(runs=()))
+    rows, judge = [], Judge(data_of(runs, trust), select_run.Args(runs=(), dynamics_max_epochs=MAX_EPOCHS))
     for run in tqdm(runs, unit="run", desc=judge.data.name, mininterval=10):
         kept = read_folder(run.folder)
         score = kept.facts()["score"]
@@ -216,7 +218,7 @@ def report(rows: list[dict]) -> str:
     unlikely = {name: sum(name in row["impossible"].split() for row in rows) for name in CRITERIA}
     plain = regrets_of([row | {"impossible": ""} for row in rows])
     words = {
-        "runs": len(rows), "sets": len(sets),
+        "runs": len(rows), "sets": len(sets), "max_epochs": MAX_EPOCHS,
         "by_set": ", ".join(f"{one} {len(by)} of {len(set(by))} methods" for one, by in methods.items()),
         "best": " and ".join(equals), "regret": number(mean(regrets[best])), "random": number(mean(regrets["random"])),
         "of": OF, "best_of_few": least(of_few, sets), "regret_of_few": number(min(mean(of_few[n]) for n in CRITERIA)),
