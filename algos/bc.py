@@ -10,7 +10,8 @@ Rollouts end:      there are none.
 Gradient stops at: nothing; there is one network and one loss.
 Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1].
 Elites:            there is no ensemble.
-Departures: [network] the paper clones with a transformer over whole episodes; here it is td3_bc.py's two layers.
+Departures: [network] The authors' code clones with a network of the last 20 observations; here it is td3_bc.py's, of
+one. [share] The best episodes are a share of all episodes, as in CORL; in that code they have that share of all rows.
 Run: python algos/bc.py
      python algos/bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5 --top-fraction 0.1
 """
@@ -38,7 +39,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     # --- The method ---
     hidden_sizes: tuple[int, ...] = (256, 256)  # of the actor [CORL]
     actor_lr: float = 3e-4  # [CORL]
-    top_fraction: float = 1.0  # share of the episodes to imitate, those of highest return; 0.1 is 10%BC
+    top_fraction: float = 1.0  # share of the episodes to imitate, those of highest return; 0.1 is 10%BC [share]
 
 
 TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults

@@ -13,9 +13,10 @@ Normalised:        the ensemble's inputs and targets; actions to [-1, 1]; observ
 Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fit); at each step one of them simulates
                    a row.
 Departures: [lse] as in CQL(H), the first mean is a log-sum-exp over sampled actions; [states] it is taken at all states
-of the batch, not only at simulated ones, as in OfflineRL-Kit, whose v2 scores are the only strong ones. [backup] As in
-CQL, the critic's target has no entropy. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the
-actor's learning rate falls along a cosine and alpha is at most 1.
+of the batch, not only at simulated ones, as in OfflineRL-Kit, whose v2 scores are the only strong ones. As in CQL's
+code, [backup] the critic's target has no entropy, and the square in L_Q is whole, in Eq. 2 half, so that beta weighs
+half as much. As in mopo.py, [entropy] the target entropy is -action_dim, [cosine] the actor's learning rate falls along
+a cosine and alpha is at most 1.
 Run: python algos/combo.py
      python algos/combo.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

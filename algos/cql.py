@@ -11,9 +11,10 @@ Gradient stops at: kappa, the proposals, the target in critic_loss; actor_loss m
 Normalised:        actions to [-1, 1]; observations and rewards are not.
 Elites:            there is no ensemble.
 As in the authors' code, [lse] the sum is an importance-weighted one over sampled actions, [backup] the critic's target
-has no entropy, [entropy] the target entropy is -action_dim. Departures from it: w is 5 and fixed, there by default 1
-times a Lagrange multiplier (threshold 5); nothing is cloned in the first 40,000 updates, as in every rewrite that we
-read; as in mopo.py, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
+has no entropy, [entropy] the target entropy is -action_dim; the square in L_Q is whole, in Eq. 4 half, so that w weighs
+half as much. Departures from it: w is 5 and fixed, there by default 1 times a Lagrange multiplier (threshold 5);
+nothing is cloned in the first 40,000 updates, as in every rewrite that we read; as in mopo.py, [cosine] the actor's
+learning rate falls along a cosine and alpha is at most 1.
 Run: python algos/cql.py
      python algos/cql.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """

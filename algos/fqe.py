@@ -55,9 +55,9 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     policy: str = ""  # folder of the finished run, of any script, whose policy is evaluated; "": the data's own
 
 
-TUNED = {  # of pendulum ours, of other data the bench's; D4RL, also our hopper/medium-v0 etc.: the defaults
+TUNED = {  # of pendulum and other data ours; D4RL, also our hopper/medium-v0 etc.: the defaults
     "pendulum/random-v0": dict(
-        num_updates=10_000, eval_interval=1_000, score_evals=3, checkpoint_interval=5_000, compile=False,
+        num_updates=10_000, eval_interval=1_000, checkpoint_interval=5_000, compile=False,
         hidden_sizes=(64, 64), tau=0.05, critic_lr=1e-3,
     ),
     "other": dict(

@@ -72,7 +72,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     target_entropy: float | None = None  # by default -action_dim [entropy]
     # --- The method ---
     penalty_coef: float = 1.0  # lambda [0.5 to 5, by dataset: TUNED]; 0 is offline MBPO
-    reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code], or the mean [MOPO paper]
+    reward_mode: Literal["sample", "mean"] = "sample"  # r^: a member's sample [MOPO code], or their mean [MOPO paper]
 
 
 TUNED = {  # of pendulum ours, of other data the bench's; of D4RL, also for our hopper/medium-v0 etc., OfflineRL-Kit's

@@ -15,8 +15,8 @@ Elites:            the 5 of 7 members with the lowest holdout error (Dynamics.fi
                    a row, and disc is taken among them.
 Departures: [planner] SAC on short rollouts from all states of the data, as in mopo.py with its [entropy] and [cosine],
 so that only the pessimism differs; the paper's, a natural policy gradient on long episodes, is morel_npg.py. [elites]
-For the same reason Gaussian elites take turns at every step; the paper's members are deterministic, asked one at a
-time. [halt] The paper's rule; its code has, by default, no penalty, and as threshold max_D disc / 3 (or 0.5).
+For the same reason Gaussian elites take turns at every step; in the authors' code members are deterministic, asked one
+at a time. [halt] The paper's rule; that code has, by default, no penalty, and as threshold max_D disc / 3 (or 0.5).
 Run: python algos/morel.py
      python algos/morel.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -202,8 +202,7 @@ def threshold(data_discrepancy: Tensor, threshold_coef: float) -> float:
 class PessimisticMDP:
     """Follows the ensemble where it is known; an unknown (s,a) pays -kappa in place of the reward and ends the episode.
 
-    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. The paper's
-    absorbing state pays at every step for ever, each time 1 - gamma times this -kappa: both come to the same.
+    The end is a terminal. The paper's absorbing state, which pays 1 - gamma times -kappa for ever, comes to the same.
     """
 
     dynamics: Dynamics
@@ -226,10 +225,11 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
         raise InputError("MOReL compares elites: give --num-elites above 1, or another file to --dynamics")
     pairs = zip(data.obs.split(1_000), data.action.split(1_000))
     disc = torch.cat([discrepancy(dynamics.predict(obs, action)[0][dynamics.elites]) for obs, action in pairs])
-    halt_reward = data.reward.min().item() - args.halt_offset
-    mdp = PessimisticMDP(dynamics, terminal_fn, threshold(disc, args.threshold_coef), halt_reward)
+    halt, going_on = data.reward.min().item() - args.halt_offset, data.reward.mean().item() / (1 - args.gamma)
+    mdp = PessimisticMDP(dynamics, terminal_fn, threshold(disc, args.threshold_coef), halt)
     known = 100 * (disc <= mdp.threshold).double().mean().item()
-    print(f"threshold   {mdp.threshold:.4g}, percentile {known:.2f} of the data; halting pays {mdp.halt_reward:.1f}")
+    pays = f"halting pays {halt:.1f}, going on {going_on:.1f}"
+    print(f"threshold   {mdp.threshold:.4g}, percentile {known:.2f} of the data; {pays}")
     return mdp
 
 

@@ -194,8 +194,7 @@ def threshold(data_discrepancy: Tensor, threshold_coef: float) -> float:
 class PessimisticMDP:
     """Follows the ensemble where it is known; an unknown (s,a) pays -kappa in place of the reward and ends the episode.
 
-    The end is a terminal: nothing is bootstrapped, so that the stored successor does not matter. The paper's
-    absorbing state pays at every step for ever, each time 1 - gamma times this -kappa: both come to the same.
+    The end is a terminal. The paper's absorbing state, which pays 1 - gamma times -kappa for ever, comes to the same.
     """
 
     dynamics: Dynamics
@@ -218,10 +217,11 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
         raise InputError("MOReL compares elites: give --num-elites above 1, or another file to --dynamics")
     pairs = zip(data.obs.split(1_000), data.action.split(1_000))
     disc = torch.cat([discrepancy(dynamics.predict(obs, action)[0][dynamics.elites]) for obs, action in pairs])
-    halt_reward = data.reward.min().item() - args.halt_offset
-    mdp = PessimisticMDP(dynamics, terminal_fn, threshold(disc, args.threshold_coef), halt_reward)
+    halt, going_on = data.reward.min().item() - args.halt_offset, data.reward.mean().item() / (1 - args.gamma)
+    mdp = PessimisticMDP(dynamics, terminal_fn, threshold(disc, args.threshold_coef), halt)
     known = 100 * (disc <= mdp.threshold).double().mean().item()
-    print(f"threshold   {mdp.threshold:.4g}, percentile {known:.2f} of the data; halting pays {mdp.halt_reward:.1f}")
+    pays = f"halting pays {halt:.1f}, going on {going_on:.1f}"
+    print(f"threshold   {mdp.threshold:.4g}, percentile {known:.2f} of the data; {pays}")
     return mdp
 
 

@@ -10,10 +10,11 @@ Rollouts end:      there are none.
 Gradient stops at: pi_b, the target in critic_loss, the weights of exp-weights; a policy's loss moves the actor alone.
 Normalised:        rewards by the spread of returns (scale_rewards); actions to [-1, 1]; observations are not.
 Elites:            there is no ensemble.
-Departures: [twin] There are two Q, each with its own target, and a policy is improved by the smaller one: an option in
-the authors' code. [init] The policy starts as the behaviour model, where their divergence is 0, and [closed] that is in
-closed form, without sampling noise. [rewards] Rewards are scaled as in iql.py, so that one coefficient means the same
-in every dataset. [fixed] The noise of easy-bcq's candidates is fixed, so that acting is deterministic.
+Departures: [twin] There are two Q, each learns from its own target, and a policy is improved by the smaller one; in the
+authors' code two, an option, share the smaller target. The policy is the squashed normal of sac_bc.py, theirs a
+normal whose actions are clipped, and [closed] the divergence is in closed form, without sampling noise. [rewards]
+Rewards are scaled as in iql.py, so that one coefficient means the same in every dataset. [fixed] The noise of
+easy-bcq's candidates is fixed, so that acting is deterministic.
 Run: python algos/onestep.py
      python algos/onestep.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -54,7 +55,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     critic_lr: float = 3e-4  # [one-step code: 1e-4, with 2M updates]
     # --- The method ---
     improvement: Literal["reverse-kl", "exp-weights", "easy-bcq"] = "reverse-kl"  # of the behaviour, by its Q
-    policy_share: float = 0.25  # of the updates, the last ones: of the policy, with Q as it is; easy-bcq has none
+    policy_share: float = 0.25  # of the updates, the last ones: the policy's [one-step code: 0.05]; easy-bcq has none
     kl_coef: float = 1.0  # c, of reverse-kl [one-step code; paper: by dataset]
     inverse_temperature: float = 3.0  # w, of exp-weights [as in IQL; one-step code: 0.01]; 0 is cloning
     max_weight: float = 100.0  # of a row in the imitation [one-step code]
@@ -333,7 +334,7 @@ def main(args: Args) -> None:
 
     obs_dim, action_dim = data.obs.shape[1], data.action.shape[1]
     agent = Agent(obs_dim, action_dim, args).to(run.device)
-    agent.actor.load_state_dict(pi_b.state_dict())  # [init]
+    agent.actor.load_state_dict(pi_b.state_dict())  # their divergence is 0 then [one-step code]
     # two graphs, the critic's step and the policy's
     step = run.compiled(lambda rows, noise, improve: update(agent, pi_b, rows, noise, improve, args))
     policy, first_improvement = agent.actor, args.num_updates - int(args.policy_share * args.num_updates) + 1

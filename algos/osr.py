@@ -15,10 +15,11 @@ Departures from the released code, which does not run as published: [likelihood]
 squared error of its samples drives its deviation to its bound, whatever the data. [heads] I's mean and deviation have
 an output each; that code reads the mean twice. [scaled] beta is in standard deviations of the observations, which I
 reads standardised, s' - s too: one beta fits all sets. [kl] The direction is the code's, towards one of several good
-actions; --kl forward, the text's, averages them. [floor] Fitted to its end I knows some of Hopper's actions to 0.007,
-others to 0.5, and the divergence, by the inverse square, would heed the former only: it takes a deviation of 0.2 at
-least. As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is -action_dim, [backup]
-the critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha is at most 1.
+actions; --kl forward, the text's, averages them. [floor] Fitted to its end I knows some of Hopper's actions, before
+their tanh, to 0.007, others to 0.5, and the divergence, by the inverse square, would heed the former only: it takes a
+deviation of 0.2 at least. As in cql.py, [lse] the sum over actions is an estimate, [entropy] the target entropy is
+-action_dim, [backup] the critic's target has none, [cosine] the actor's learning rate falls along a cosine and alpha is
+at most 1.
 Run: python algos/osr.py
      python algos/osr.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
@@ -64,7 +65,7 @@ class Args(RunArgs):  # and how a run is watched, which changes no policy: commo
     noise_scale: float = 1e-3  # beta, of the perturbed states [OSR code, in raw units]
     recovery_coef: float = 0.5  # lambda, weight of the divergence [OSR code]; 0 is CQL
     target: Literal["inverse", "behaviour"] = "inverse"  # of the divergence: I(.|s^,s'), or to compare pi_b(.|s^)
-    min_std: float = 0.2  # least deviation of the wanted actions [floor]; 0: as fitted
+    min_std: float = 0.2  # least deviation of the wanted actions, before their tanh [floor]; 0: as fitted
     kl: Literal["reverse", "forward"] = "reverse"  # KL(pi || I) [OSR code], or KL(I || pi), which averages [paper] [kl]
     normalise_q: bool = False  # divide SAC's part by mean |Q|
     conservative_coef: float = 5.0  # w, of CQL's term [OSR code]; 0, with --backup-entropy: SAC's critic

@@ -11,7 +11,8 @@ Gradient stops at: the target in critic_loss, lambda; actor_loss moves the actor
 Normalised:        observations to mean 0 and deviation 1 (standardise); actions to [-1, 1]; Q
                    in actor_loss, by its mean size; rewards are not.
 Elites:            there is no ensemble.
-Departures: [mean] |pi(s) - a|^2 is a mean over the action's dimensions too, as in the code that alpha is from.
+As in the code that alpha is from, and not in the paper: [mean] |pi(s) - a|^2 is a mean over the action's dimensions,
+too; lambda has Q of the policy's actions, in Eq. 5 of the logged ones.
 Run: python algos/td3_bc.py
      python algos/td3_bc.py --dataset hopper_medium-v2.hdf5 --env-id Hopper-v5
 """
