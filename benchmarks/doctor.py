@@ -240,12 +240,13 @@ def duplicates(log: Log) -> list[Finding]:
 
 def halts(log: Log) -> list[Finding]:
     still = (log.data.obs == log.data.next_obs).all(dim=1).numpy() & log.known
-    num = int((still[1:-1] & ~still[2:]).sum())  # a process that has stopped stays where it is
+    # a process that has stopped stays where it is; what follows an episode's end or is not known says nothing
+    num = int((still[1:-1] & ~log.end[1:-1] & log.known[2:] & ~still[2:]).sum())
     text = f"the observation stays the same for a step and then goes on {num:,} times in {len(still):,} rows"
-    if (share := num / len(still)) < STILL:
+    if num / len(still) < STILL:
         return [Finding(FINE, "halts", text)]
     todo = "act as often as the sensor is read, or leave out the steps between"
-    return [Finding(level(share, 0, STILL), "halts", f"{text}: {todo}")]
+    return [Finding(SERIOUS, "halts", f"{text}: {todo}")]
 
 
 def columns(log: Log) -> list[Finding]:

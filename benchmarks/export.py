@@ -32,7 +32,7 @@ from benchmarks.export_forms import CRITICS, Policy, alarm_arrays, alarm_onnx, p
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import check_trust  # noqa: E402
 from common import InputError  # noqa: E402
-from common.dataset import OfflineDataset, load_dataset  # noqa: E402
+from common.dataset import OfflineDataset, load_dataset, minari_folder  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
 STATES, TOLERANCE = 10_000, 1e-5  # in half widths of the action box
@@ -94,9 +94,10 @@ def microseconds(call: Callable, *arrays: np.ndarray) -> float:
 # --- The command ---
 def data_of(args: Args, config: dict) -> OfflineDataset | None:
     """The run's data; without --alarm None where they are no longer there, for a check is not worth a download."""
-    settings, there = config["args"], Path(config["data"].removeprefix("Minari dataset in ")).exists()
+    settings = config["args"]
+    places = Path(config["data"].removeprefix("Minari dataset in ")), minari_folder() / settings["dataset"]
     check_trust(args.run, (settings["env_id"],), args.trust)
-    if not args.alarm and not there and config["data"] != "uniformly random actions":
+    if not args.alarm and not any(map(Path.exists, places)) and config["data"] != "uniformly random actions":
         return None
     try:
         standardise = settings.get("standardise_obs", False)

@@ -21,9 +21,7 @@ def start(main: Callable, Args: type) -> None:
         stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     try:
         sys.exit(main(tyro.cli(Args, description=about)))
-    except InputError as error:
-        sys.exit(f"error: {one_line(str(error))}")
-    except OSError as error:  # what nobody foresaw: a disk pulled out
+    except (InputError, OSError) as error:  # the latter where nobody foresaw it: a disk pulled out
         sys.exit(f"error: {one_line(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,7 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.files import HomePaths, safe, start, write_text  # noqa: E402
-from benchmarks.film import from_runs  # noqa: E402
+from benchmarks.film import from_runs, run_folders  # noqa: E402
 from benchmarks.report import RESULTS, public_command, without_folder  # noqa: E402
 from common import InputError, explained, writing  # noqa: E402
 from common.dynamics import save  # noqa: E402
@@ -49,9 +49,10 @@ def kept_run(folder: Path) -> dict:
         return saved | {"config": json.dumps(config), "progress": (folder / "progress.csv").read_text()}
 
 
-def keep(source: Path, to: Path) -> None:
-    by_file = {}
-    for folder, run in from_runs((source,), kept_run).items():
+def keep(source: Path, to: Path) -> int:
+    """Returns the exit status: 1 where a run was left out."""
+    by_file, kept = {}, from_runs((source,), kept_run)
+    for folder, run in kept.items():
         runs = by_file.setdefault(to / f"{safe(json.loads(run['config'])['args']['dataset'])}.pt.gz", {})
         if folder.name in runs:
             raise InputError(f"two runs in {source} are called {folder.name}: name the folder of one of them")
@@ -65,6 +66,7 @@ def keep(source: Path, to: Path) -> None:
         with writing(file) as part:
             part.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
         print(f"{len(runs)} policies -> {file}, {len(before | runs)} in all, {file.stat().st_size / 1e6:.2f} MB")
+    return int(len(kept) < len(run_folders((source,))))
 
 
 def kept_runs(file: Path) -> dict[str, dict]:
@@ -88,13 +90,13 @@ def restore(source: Path, to: Path) -> None:
         print(f"{file} -> {len(runs)} run folders in {to}")
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
     if any(args.source.glob("*.pt.gz")):
         if args.to is None:
             raise InputError(f"{args.source} holds kept policies: say by --to where run folders are to be made of them")
         restore(args.source, args.to)
-    else:
-        keep(args.source, args.to or RESULTS / "bench" / "policies")
+        return 0
+    return keep(args.source, args.to or RESULTS / "bench" / "policies")
 
 
 if __name__ == "__main__":

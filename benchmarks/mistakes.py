@@ -30,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.files import HomePaths, start  # noqa: E402
-from benchmarks.report import difference, interval  # noqa: E402
+from benchmarks.report import difference, interval, read_folder  # noqa: E402
 from common import InputError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "mistakes.md"
@@ -143,8 +143,9 @@ def train(row: dict[str, str], args: Args) -> list[str]:
         name, env = f"{copy.name}-{seed}", os.environ | {"OMP_NUM_THREADS": "1"} | cache.get(copy.name, {})
         if errors or (out / name / "policy.pt").exists():
             return
-        begun = (out / name / "config.json").exists()
-        flags = ["--resume", str(out / name)] if begun else [*settings, "--seed", str(seed), "--run-name", name]
+        begun, trust = (out / name / "config.json").exists(), ["--trust"] * ("--trust" in settings or ":" in args.flags)
+        again = ["--resume", str(out / name), *trust]  # as far as its own flags do
+        flags = again if begun else [*settings, "--seed", str(seed), "--run-name", name]
         command = [sys.executable, str(copy / "algos" / f"{script}.py"), *flags]
         print(shlex.join(command), flush=True)
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -156,7 +157,8 @@ def train(row: dict[str, str], args: Args) -> list[str]:
         list(pool.map(run, *zip(*itertools.product(range(args.seeds), copies))))
     if errors:
         raise InputError(errors[0])
-    scores = np.array([[score(out / f"{kind}-{i}") for i in range(args.seeds)] for kind in ("right", "mistake")])
+    facts = [[read_folder(out / f"{kind}-{i}").facts() for i in range(args.seeds)] for kind in ("right", "mistake")]
+    scores = np.array([[(f["return"], f["score"]) for f in kind] for kind in facts])
     scores = scores[..., unit := int(np.isfinite(scores).all())]  # (2, seeds); returns where no references are known
     columns, header = np.column_stack([range(args.seeds), *scores]), "seed,right,mistake"
     np.savetxt(out / "cost.csv", columns, "%.6g", delimiter=",", header=header, comments="")
@@ -169,13 +171,6 @@ def train(row: dict[str, str], args: Args) -> list[str]:
     lines += ["", f"The mistake costs {right - wrong:.1f} (95 % interval over seeds {low:.1f} to {high:.1f})."]
     (out / "cost.md").write_text("\n".join(lines) + "\n")
     return lines
-
-
-def score(run: Path) -> tuple[float, float]:
-    """Return and normalised score, means of its last evaluations, as many as the run itself counts."""
-    last = json.loads((run / "config.json").read_text())["args"]["score_evals"]
-    rows = np.atleast_1d(np.genfromtxt(run / "progress.csv", delimiter=",", names=True))[-last:]
-    return rows["return_mean"].mean(), rows["normalised_score"].mean()
 
 
 # --- Exercises ---

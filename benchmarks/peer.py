@@ -34,7 +34,7 @@ from common.machine import exact_products  # noqa: E402
 class Args(HomePaths):
     peer: Path  # folder of a checkout of OfflineRL-Kit
     script: str  # run_example/run_<script>.py
-    dataset: str  # any that ours take
+    dataset: str  # any that ours take and that names its environment
     task: str  # hopper, halfcheetah or walker2d: its rule of termination
     flags: str = ""  # further flags of its script
     hidden_sizes: tuple[int, ...] | None = None  # of actor and critics, also where its script has no flag (TD3+BC)
@@ -44,7 +44,7 @@ class Args(HomePaths):
     score_evals: int = 10  # the score is the mean of the last so many evaluations
     max_epochs: int | None = None  # of the ensemble's fit
     num_threads: int = 1  # CPU threads
-    out: Path = Path("runs/peer")  # folder of its logs and of progress.csv
+    out: Path = Path("runs/peer")  # new folder of its logs and of progress.csv
 
 
 class OldEnv:
@@ -89,7 +89,11 @@ def main(args: Args) -> None:
     check_checkout(args.peer)
     torch.set_num_threads(args.num_threads)
     exact_products(torch.device("cpu"))
+    if (args.out / "progress.csv").exists():
+        raise InputError(f"{args.out} holds a run: name another folder by --out")
     data = load_dataset(args.dataset)
+    if data.env_spec is None:
+        raise InputError(f"{args.dataset} names no environment to evaluate in: take a Minari or D4RL dataset")
     modules = {name: types.ModuleType(name) for name in ("gym", "gym.envs", "gym.envs.mujoco", "d4rl")}
     modules["gym"].Env, modules["gym"].make = object, lambda task: OldEnv(data, args.seed)
     modules["gym"].spaces = gym.spaces

@@ -344,7 +344,7 @@ def main(args: Args) -> None:
         if {"MOPO: rollout transition", "MOPO: update"} <= parts.keys():
             parts["MOPO: epoch"] = partial(epoch, parts["MOPO: rollout transition"], parts["MOPO: update"])
     if not contestants["ours"]:
-        sys.exit(f"error: no row has {args.only!r} in its name: there are {', '.join(makers['ours'])} and MOPO: epoch")
+        sys.exit(f"error: no row has {args.only!r} in its name: there are {', '.join(makers['ours'])}")
     seconds: dict[str, dict[str, list[float]]] = {}
     for work in contestants["ours"]:
         takers = {name: parts[work] for name, parts in contestants.items() if work in parts}

@@ -241,6 +241,12 @@ def test_nothing_is_found_in_good_data(good, findings):
     assert [f for f in findings(good) if f.level != FINE and f.check != "physics"] == []
 
 
+def test_an_episode_that_ends_at_rest_is_no_halt(good, findings):
+    after = good["next_observations"].copy()
+    after[ends_of(good)] = good["observations"][ends_of(good)]  # and the next episode begins by moving
+    assert [f.level for f in findings(good | {"next_observations": after}) if f.check == "halts"] == [FINE]
+
+
 def test_good_data_have_exit_status_0(good, tmp_path, capsys):
     np.savez(tmp_path / "log.npz", **taken(good, slice(0, 400)))
     assert doctor.main(doctor.Args(str(tmp_path / "log.npz"), out=tmp_path / "page.html")) == 0

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import export, export_forms
 from common import InputError
+from common.dataset import minari_folder
 from common.evaluation import SCRIPTS, load_policy
 from common.run import read_args
 
@@ -129,6 +130,14 @@ def test_box_and_units_are_inside_and_states_are_drawn_where_the_data_are_gone(t
     np.testing.assert_allclose(policy(obs), load_policy(folder)(obs), atol=2e-5)
     np.testing.assert_allclose(policy(obs), 2 * load_policy(trained("td3_bc"))(pendulum_obs(50)) / 2 - 1, atol=1e-4)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["states"] == "drawn"
+
+
+def test_a_minari_dataset_is_looked_for_by_its_name(trained, tmp_path, without_onnx, capsys):
+    config = json.loads(config_of(trained("td3_bc"), data="Minari dataset"))  # as benchmarks/keep.py has it
+    config["args"]["dataset"] = "here/log-v0"
+    (minari_folder() / "here" / "log-v0").mkdir(parents=True)
+    exported(edited(trained("td3_bc"), tmp_path / "run", config=json.dumps(config)), tmp_path / "out")
+    assert "states      not the recorded ones: " in capsys.readouterr().out  # it is empty
 
 
 def test_what_acts_differently_is_not_left(trained, tmp_path, without_onnx, monkeypatch):

@@ -56,7 +56,7 @@ def test_a_kept_policy_comes_back_and_names_no_folder_of_the_machine(run, tmp_pa
 def test_unfinished_runs_are_left_out_and_what_is_there_is_kept(run, tmp_path, capsys):
     shutil.copytree(run, begun := tmp_path / "runs" / "begun")
     (begun / "policy.pt").unlink()
-    keep.main(Args(tmp_path / "runs", tmp_path / "kept"))
+    assert keep.main(Args(tmp_path / "runs", tmp_path / "kept")) == 1
     out = capsys.readouterr()
     assert "1 policies -> " in out.out and "begun holds no finished run" in out.err
     keep.main(Args(tmp_path / "kept", tmp_path / "back"))

@@ -130,7 +130,7 @@ LOSS = "return (agent.actor(obs) - action).square().mean()"
 
 def test_both_are_trained_once_and_the_difference_of_their_scores_is_the_cost(tmp_path, capsys):
     table = write_table(tmp_path / "table.toml", file="algos/bc.py", old=LOSS, new=LOSS.replace("n (", "n -("))
-    args = Args(table=table, train="a-mistake", seeds=1, flags=FLAGS, out=tmp_path / "out")
+    args = Args(table=table, train="a-mistake", seeds=1, flags=FLAGS + " --trust", out=tmp_path / "out")
     assert mistakes.main(args) == 0
     printed, out = capsys.readouterr().out, tmp_path / "out" / "a-mistake" / "bc__pendulum-random-v0"
     commands = [line for line in printed.splitlines() if "/algos/bc.py" in line]
@@ -150,6 +150,10 @@ def test_both_are_trained_once_and_the_difference_of_their_scores_is_the_cost(tm
     assert mistakes.main(args) == 0
     again = capsys.readouterr().out
     assert "/algos/bc.py" not in again and again in printed  # nothing is left to train
+    (out / "right-0" / "policy.pt").unlink()  # as if it had been killed
+    assert mistakes.main(args) == 0
+    again = capsys.readouterr().out
+    assert "right-0 --trust\n" in again and again.count("/algos/bc.py") == 1 and again.endswith(printed[-80:])
     args.flags += " --actor-lr 0.01"
     with pytest.raises(InputError, match="choose another --out"):
         mistakes.main(args)

@@ -133,6 +133,7 @@ def test_policies_of_other_settings_are_refused_and_finished_ones_kept(tmp_path,
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"args": args}))
     assert toy.train("OSR", 1) == folder and commands[1][1] == "--resume"
+    assert commands[1][-1] == "--trust"  # the run names toy_recovery's own environment
     del args["kl"]  # a setting that the run's commit did not have yet: its default
     (folder / "config.json").write_text(json.dumps({"args": args}))
     (folder / "policy.pt").touch()

@@ -1,5 +1,6 @@
 """The study of uncertainty: the simulator in simulated states, true errors, and a run from its folder to the table."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -144,6 +145,12 @@ def test_a_finished_run_becomes_two_tables_and_an_unfinished_one_is_refused(tmp_
     tables = out.read_text()
     assert tables.count("| pendulum/random-v0 | mopo penalty-coef=0 | 0 | 100 | 100% |") == 2
     assert tables.split("\n\n", 2)[2].strip() in capsys.readouterr().out
+    (tmp_path / "runs" / "a").mkdir()
+    (tmp_path / "runs" / "a" / "config.json").write_text('{"algo": "bc", "args": {}}')
+    assert uncertainty.main(uncertainty.Args(runs=(tmp_path / "runs",), num_starts=50, num_samples=2)) == 1
+    out, err = capsys.readouterr()
+    assert "| mopo penalty-coef=0 | 0 | 100 | 100% |" in out and "left out: " in err
+    shutil.rmtree(tmp_path / "runs" / "a")
     config = tmp_path / "runs" / name / "config.json"
     config.write_text(config.read_text().replace('"gamma"', '"discount"'))
     with pytest.raises(InputError, match="of another version of mopo.py .*discount.*: run it again"):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import select_run  # noqa: E402
 from benchmarks.files import HomePaths, one_line, start, write_text  # noqa: E402
 from benchmarks.model_measures import spearman  # noqa: E402
-from benchmarks.report import RESULTS, number, read_folder, table, variant_of  # noqa: E402
+from benchmarks.report import RESULTS, number, read_folder, table  # noqa: E402
 from benchmarks.select_run import CRITERIA, Finished, Judge, data_of, finished_runs, measured  # noqa: E402
 from common import InputError  # noqa: E402
 from common.machine import keep_freed_memory  # noqa: E402
@@ -123,14 +123,8 @@ def measure(runs: list[Finished], trust: bool) -> list[dict]:
             raise InputError(
                 f"{run.folder} has no normalised score: it was not evaluated, or in an unknown environment"
             )
-        algo, seed = run.config["algo"], run.args["seed"]
-        row = {
-            "dataset": kept.about["dataset"],
-            "algo": algo,
-            "variant": variant_of(run.folder, algo, seed),
-            "seed": seed,
-        }
-        row |= {"updates": run.args["num_updates"], "score": score} | select_run.means(measured(judge, run))
+        row = {name: kept.about[name] for name in ("dataset", "algo", "variant", "seed")}
+        row |= {"updates": kept.about["num_updates"], "score": score} | select_run.means(measured(judge, run))
         rows.append(row | {"impossible": " ".join(select_run.impossible(row, judge.most(run)))})
     return rows
 

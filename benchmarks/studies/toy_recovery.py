@@ -135,7 +135,7 @@ def train(name: str, seed: int) -> Path:
     flags += f" --run-dir {FOLDER} --run-name {run}"
     command, config = f"python algos/{script}.py {flags}", ROOT / FOLDER / run / "config.json"
     if config.exists():  # it was killed, or is finished
-        command = f"python algos/{script}.py --resume {FOLDER}/{run}"
+        command = f"python algos/{script}.py --resume {FOLDER}/{run} --trust"  # ENV_ID is of this file
         module = importlib.import_module(f"algos.{script}")
         found = as_json(module.Args()) | json.loads(config.read_text())["args"]
         if found != read_settings(module, flags.split()):

@@ -27,12 +27,11 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algos import mobile, morel  # noqa: E402
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
-from benchmarks.film import check_trust, run_folders  # noqa: E402
+from benchmarks.film import check_trust, for_each_run  # noqa: E402
 from benchmarks.model_measures import spearman  # noqa: E402
 from benchmarks.report import number, table, variant_of  # noqa: E402
 from common import InputError  # noqa: E402
@@ -176,7 +175,7 @@ def examine(folder: Path, args: Args) -> dict:
     env = make_simulator(data)
     check_simulator(env, data)
     agent = script.Agent(data.obs.shape[1], data.action.shape[1], settings)
-    agent.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["modules"]["agent"])
+    agent.load_state_dict(torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)["modules"]["agent"])
     torch.manual_seed(args.seed)
     ensemble = {"num_members": settings.num_members, "num_elites": settings.num_elites}
     ensemble |= {"hidden_size": settings.dynamics_hidden_size, "max_epochs": settings.dynamics_max_epochs}
@@ -217,11 +216,15 @@ def text(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def main(args: Args) -> None:
-    rows = [examine(folder, args) for folder in tqdm(run_folders(args.runs), unit="run")]
+def main(args: Args) -> int:
+    rows = []
+    status = for_each_run(args.runs, lambda folder: rows.append(examine(folder, args)))
+    if not rows:
+        raise InputError("no run is left to be examined: finish one of mopo, mobile or combo")
     print(text(rows))
     if args.out:
         write_text(args.out, f"# What penalties know\n\n{NOTE}\n{text(rows)}\n")
+    return status
 
 
 if __name__ == "__main__":
