@@ -15,6 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.files import one_line  # noqa: E402
+from common.dataset import OfflineDataset  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -119,7 +120,13 @@ def column_table(log: "Log") -> str:
 
 
 def page(name: str, verdict: str, found: list["Finding"], log: "Log | None", jump: float) -> str:
-    """One file that needs no network. jump: from this error on a row is one."""
+    """jump: from this error on a row is one."""
+    rest = figures(log, jump) + column_table(log) if log else ""
+    return page_of("Doctor", name, f"<p>{verdict}</p>", found, log and log.data, rest)
+
+
+def page_of(title: str, name: str, lead: str, found: list["Finding"], data: OfflineDataset | None, rest: str) -> str:
+    """One file that needs no network. lead, rest: HTML before and behind the findings."""
     folder = ROOT / "benchmarks"
     css = (folder / "compare.css").read_text() + (folder / "doctor.css").read_text()
     lines = "".join(
@@ -127,9 +134,8 @@ def page(name: str, verdict: str, found: list["Finding"], log: "Log | None", jum
         f"<p>{html.escape(one_line(f.text))}</p>"
         for f in found
     )
-    head = f"<h1>{html.escape(one_line(name))}</h1><p>{verdict}</p>"
-    head += (
-        "".join(f"<p><small>{html.escape(line)}</small></p>" for line in log.data.summary().splitlines()) if log else ""
-    )
-    body = f"{head}<ul class=findings>{lines}</ul>{figures(log, jump) + column_table(log) if log else ''}"
-    return Template((folder / "compare.html").read_text()).substitute(title="Doctor", css=css, js="", body=body)
+    about = data.summary().splitlines() if data else []
+    head = f"<h1>{html.escape(one_line(name))}</h1>{lead}"
+    head += "".join(f"<p><small>{html.escape(line)}</small></p>" for line in about)
+    body = f"{head}<ul class=findings>{lines}</ul>{rest}"
+    return Template((folder / "compare.html").read_text()).substitute(title=title, css=css, js="", body=body)

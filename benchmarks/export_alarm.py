@@ -14,12 +14,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from algos import mopo
-from benchmarks.grid import read_settings
-from benchmarks.model_measures import rows_held_out
+from benchmarks.model_measures import ensemble_of, rows_held_out
 from common.dataset import OfflineDataset
-from common.dynamics import Dynamics, load_or_fit
-from common.machine import compiled
+from common.dynamics import Dynamics
 
 ROWS = 50_000  # of the data, at most, for the threshold
 
@@ -35,15 +32,6 @@ class Alarm(nn.Module):
         x = torch.cat([obs, action], dim=-1).expand(self.dynamics.num_members, -1, -1)
         mean = self.dynamics.standardised(x)[0][..., self.moves]
         return mean.var(dim=0, correction=0).mean(dim=-1).sqrt()
-
-
-def ensemble_of(settings: dict, data: OfflineDataset) -> Dynamics:
-    """That of the run with these settings; where it has none, what mopo.py fits to these data."""
-    s = read_settings(mopo, ["--dataset", settings["dataset"]]) | settings
-    sizes = {"num_members": s["num_members"], "num_elites": s["num_elites"], "hidden_size": s["dynamics_hidden_size"]}
-    fit = {"max_epochs": s["dynamics_max_epochs"], "path": s["dynamics"]}
-    fit["compile"] = lambda function: compiled(function, data.obs.device) if s["compile"] else function
-    return load_or_fit(data, s["seed"], **sizes, **fit)
 
 
 def fitted(settings: dict, data: OfflineDataset, false_alarms: float) -> tuple[Alarm, dict]:

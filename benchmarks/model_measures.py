@@ -11,12 +11,23 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from algos import mopo, morel  # noqa: E402
 from benchmarks.doctor import OTHER, PHYSICS, setter  # noqa: E402
+from benchmarks.grid import read_settings  # noqa: E402
 from common.dataset import OfflineDataset  # noqa: E402
-from common.dynamics import Dynamics  # noqa: E402
+from common.dynamics import Dynamics, load_or_fit  # noqa: E402
 from common.evaluation import make_env  # noqa: E402
+from common.machine import compiled  # noqa: E402
 
 ROWS, FEWEST = 2_000, 50  # sequences of recorded steps at most; fewer tell nothing
 COMMON = 0.1  # of the rows begin one: else the few longest episodes would stand for all
+
+
+def ensemble_of(settings: dict, data: OfflineDataset) -> Dynamics:
+    """That of the run with these settings; where it has none, what mopo.py fits to these data."""
+    s = read_settings(mopo, ["--dataset", settings["dataset"]]) | settings
+    sizes = {"num_members": s["num_members"], "num_elites": s["num_elites"], "hidden_size": s["dynamics_hidden_size"]}
+    fit = {"max_epochs": s["dynamics_max_epochs"], "path": s["dynamics"]}
+    fit["compile"] = lambda function: compiled(function, data.obs.device) if s["compile"] else function
+    return load_or_fit(data, s["seed"], **sizes, **fit)
 
 
 # --- What the fit has not seen ---

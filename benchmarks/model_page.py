@@ -1,9 +1,7 @@
 """The page of benchmarks/model_report.py: findings, plots, a table of the columns."""
 
-import html
 import sys
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +9,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.doctor_page import FIRST, INK, SECOND, figure  # noqa: E402
-from benchmarks.files import one_line  # noqa: E402
+from benchmarks.doctor_page import FIRST, INK, SECOND, figure, page_of  # noqa: E402
 
 if TYPE_CHECKING:
     from benchmarks.doctor import Finding
@@ -126,15 +123,5 @@ def column_table(columns: dict) -> str:
 
 
 def page(name: str, found: list["Finding"], case: "Case") -> str:
-    """One file that needs no network."""
-    folder = ROOT / "benchmarks"
-    css = (folder / "compare.css").read_text() + (folder / "doctor.css").read_text()
-    lines = "".join(
-        f"<li class={f.level.split()[0].lower()}><b>{f.level}</b> <span>{f.check}</span>"
-        f"<p>{html.escape(one_line(f.text))}</p>"
-        for f in found
-    )
-    summary = "".join(f"<p><small>{html.escape(line)}</small></p>" for line in case.data.summary().splitlines())
-    head = f"<h1>{html.escape(one_line(name))}</h1>{summary}"
-    body = f"{head}<ul class=findings>{lines}</ul>{figures(case)}{column_table(case.numbers['columns'])}"
-    return Template((folder / "compare.html").read_text()).substitute(title="Model report", css=css, js="", body=body)
+    rest = figures(case) + column_table(case.numbers["columns"])
+    return page_of("Model report", name, "", found, case.data, rest)

@@ -29,8 +29,8 @@ from benchmarks.model_measures import FEWEST, predicted, recorded  # noqa: E402
 from benchmarks.model_page import GAUSS, page  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
-from common.dynamics import Dynamics, load_or_fit  # noqa: E402
-from common.machine import compiled, progress_bar  # noqa: E402
+from common.dynamics import Dynamics  # noqa: E402
+from common.machine import progress_bar  # noqa: E402
 from common.terminations import termination_fn  # noqa: E402
 
 # Where there are two numbers, the first is for "look at" and the second is SERIOUS.
@@ -250,11 +250,7 @@ def case_of(args: Args) -> tuple[Case, list[Finding]]:
     data = load_dataset(settings["dataset"], device, args.env_id or None, args.standardise_obs, args.trust)
     print(data.summary())
     terminal_fn = termination_fn(args.termination, data, args.seed)
-    fit = {"max_epochs": settings["dynamics_max_epochs"]}
-    fit["compile"] = lambda function: compiled(function, device) if settings["compile"] else function
-    sizes = {"num_members": settings["num_members"], "num_elites": settings["num_elites"]}
-    sizes["hidden_size"] = settings["dynamics_hidden_size"]
-    dynamics = load_or_fit(data, args.seed, **sizes, **fit, path=settings["dynamics"])
+    dynamics = measures.ensemble_of(settings, data)
     rows, sure = measures.rows_held_out(data, dynamics, args.seed)
     text = "the ensemble is of another seed, of other rows or of another kind of device, so it has seen rows that count"
     found = [] if sure else [Finding(LOOK, "held-out rows", f"{text} as held out: give its --seed, or no --dynamics")]
@@ -266,8 +262,8 @@ def case_of(args: Args) -> tuple[Case, list[Finding]]:
         rest = {name: getattr(data, name)[~unseen] for name in names}
         rest = replace(data, **rest, data_hash=f"{data.data_hash}, without {how}, seed {args.seed}")
         sizes = {"num_members": dynamics.num_members, "num_elites": len(dynamics.elites)}
-        sizes["hidden_size"] = dynamics.layers[0].bias.shape[-1]
-        apart = load_or_fit(rest, args.seed, **sizes, **fit), unseen, f"{how} held out"
+        sizes |= {"dynamics_hidden_size": dynamics.layers[0].bias.shape[-1], "dynamics": ""}
+        apart = measures.ensemble_of(settings | sizes, rest), unseen, f"{how} held out"
     own = morel.Args(threshold_coef=halts["threshold_coef"], halt_offset=halts["halt_offset"])
     mdp = morel.make_pessimistic_mdp(dynamics, terminal_fn, data, own)
     generator = torch.Generator().manual_seed(args.seed)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from algos import td3_bc
-from benchmarks.export_alarm import ensemble_of
+from benchmarks.model_measures import ensemble_of
 from common.dataset import load_dataset
 from tests.notebooks import check_committed, printed, run_again
 

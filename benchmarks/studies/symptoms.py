@@ -15,17 +15,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.files import HomePaths, start, write_text  # noqa: E402
 from benchmarks.film import run_folders  # noqa: E402
-from benchmarks.report import RESULTS, finish, read_csv  # noqa: E402
+from benchmarks.report import RESULTS, finish, plt, read_csv  # noqa: E402
 from common import InputError  # noqa: E402
 from common.dataset import load_dataset  # noqa: E402
 

@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from algos import osr  # noqa: E402
 from benchmarks.files import HomePaths, start  # noqa: E402
 from benchmarks.grid import as_json, read_settings  # noqa: E402
-from benchmarks.report import RESULTS, finish, mean_sd, number, table  # noqa: E402
+from benchmarks.report import RESULTS, finish, mean_sd, number, plt, table  # noqa: E402
 from common.dataset import OfflineDataset, load_dataset  # noqa: E402
 from common.evaluation import load_policy  # noqa: E402
 
