@@ -37,7 +37,7 @@ from common.terminations import termination_fn  # noqa: E402
 GUESS = (0.5, 0.9)  # a column's squared error, in that of the best constant guess
 WITHIN = 0.85  # of a column's held-out numbers within two deviations, of a Gaussian's 0.954
 OFF, RANK = 1.5, 0.3  # error under random actions in that on the data: then doubts must rank them; rank correlation
-HALTED = 0.2  # of the rollouts of recorded actions
+HALTED = 0.2  # of the rollouts of recorded actions; of random ones, where a halt pays more than going on
 FLAGS, NOTICED = 0.001, 0.5  # of the rows: rule and flags differ; of the flags: seen in the model, too
 STEPS = 500  # of the environment
 
@@ -187,8 +187,12 @@ def in_the_model(case: Case) -> list[Finding]:
     text += f"; it halts {rolls[0][-1]:.1%} ({rolls[1][-1]:.1%}) of the rollouts of length {length}"
     numbers["threshold"], numbers["penalty_coef"] = case.mdp.threshold, case.penalty_coef
     grade, todo = FINE, ""
+    halt, on = case.mdp.halt_reward, data.reward.mean().item() / (1 - morel.Args.gamma)
     if rolls[0][-1] >= HALTED:
         grade, todo = LOOK, ": raise --threshold-coef, or a policy cannot even do what was recorded"
+    elif rolls[1][-1] >= HALTED and halt > on:
+        todo = f"; that pays {halt:.3g}, going on as recorded {on:.3g}, so that a policy seeks it: raise --halt-offset"
+        grade = LOOK
     return [Finding(grade, "MOReL halts", text + todo), penalty(numbers, can_end)]
 
 

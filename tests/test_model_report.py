@@ -182,9 +182,9 @@ def test_a_penalty_that_only_random_actions_feel_is_to_be_looked_at():
 
 
 # --- What an ensemble without a fit is blamed for ---
-def case_with(data, model, threshold=np.inf):
+def case_with(data, model, threshold=np.inf, halt_reward=-np.inf):
     """Rollouts of 5 steps, in which no episode ends."""
-    mdp = SimpleNamespace(dynamics=model, threshold=threshold)
+    mdp = SimpleNamespace(dynamics=model, threshold=threshold, halt_reward=halt_reward)
     mdp.terminal_fn = lambda obs, action, next_obs: torch.zeros(len(obs), dtype=torch.bool)
     apart = model, torch.ones(len(data.obs), dtype=torch.bool), "all rows"
     return model_report.Case(data, model, mdp, torch.arange(600), 0.1, 5, apart, 50, torch.Generator())
@@ -216,6 +216,16 @@ def test_morel_halts_too_often_where_that_ends_a_fifth_of_the_recorded_rollouts(
     assert (found.check, found.level) == ("MOReL halts", grade)
     assert case.numbers["recorded"]["halted by step"][-1] == pytest.approx(1 - push**5, abs=0.03)
     assert ("raise --threshold-coef" in found.text) == (grade == LOOK)
+
+
+@pytest.mark.parametrize("above, grade", [(1, LOOK), (-1, FINE)])
+def test_a_halt_that_pays_more_than_going_on_is_to_be_looked_at_where_random_actions_reach_it(data, above, grade):
+    data = replace(data, action=0.9 * data.action)  # what was recorded halts nowhere
+    going_on = data.reward.double().mean().item() / 0.01
+    case = case_with(data, Perfect(off=(0.0, 1.0)), 0.91 * 2**0.5, going_on + above)
+    found, _ = model_report.in_the_model(case)
+    assert (found.check, found.level) == ("MOReL halts", grade)
+    assert found.text.endswith("so that a policy seeks it: raise --halt-offset") == (grade == LOOK)
 
 
 # --- Whole reports of fitted ensembles ---
