@@ -33,7 +33,7 @@ STYLE = {
 
 
 def figure(title: str, draw: Callable) -> str:
-    """draw(axes) as <figure>, in the page's colours. Letters are outlines: no browser's font makes a label too wide."""
+    """draw(fig, ax) as <figure>, in the page's colours. Letters are outlines: no font makes a label too wide."""
     with plt.rc_context(STYLE | {"svg.hashsalt": title}):
         fig, ax = plt.subplots(figsize=(3.7, 2.5), layout="constrained")
         draw(fig, ax)
