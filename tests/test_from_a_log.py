@@ -44,13 +44,18 @@ def test_its_numbers_of_the_bench_are_those_of_the_results():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     text = " ".join("".join(line for cell in cells for line in cell["source"]).split())
     results = ROOT / "benchmarks" / "results"
-    bench = (results / "bench" / "report.md").read_text()
-    for script in ("mopo", "bc"):
-        score = re.search(rf"\| pendulum/narrow-v0 \| {script} \| 0: (-?[\d.]+)", bench)[1]
-        assert re.search(rf"(scores|BC,) {re.escape(score)}\b", text), script
+    for folder, script, words in (
+        ("bench-short-fit", "mopo", "20 epochs **MOPO scores {}"),
+        ("bench", "mopo", "MOPO scores {},"),
+        ("bench", "bc", "BC, {}**"),
+    ):
+        scores = (results / folder / "report.md").read_text()
+        score = re.search(rf"\| pendulum/narrow-v0 \| {script} \| 0: (-?[\d.]+)", scores)[1]
+        assert words.format(score) in text, script
     report, export = ((results / name).read_text() for name in ("model-report.md", "export.md"))
-    error, last = re.search(r"pendulum/narrow-v0 \| ([\d.]+), .* \| ([\d.]+) \([\d.]+\) \|\n", report).groups()
-    times, halted = re.search(r"pendulum/narrow-v0 \|.*\| ([\d.]+) x \| [\d.]+ %, ([\d.]+) %", report).groups()
+    report, short = report.split("## What a short fit costs")
+    error, last = re.search(r"pendulum/narrow-v0 \| \d+ \| ([\d.]+) → .* \| ([\d.]+) → [\d.]+ \|\n", short).groups()
+    times, halted = re.search(r"error ([\d.]+)\s+times as large after 20 epochs, and ([\d.]+) %", short).groups()
     rings = re.search(r"pendulum/narrow-v0 \| MOPO \| -?\d+ \| ([\d.]+) %", export)[1]
     for number in (f"{error} of the squared", f"off by {last} ", f"{times} times", f"{halted} %", f"{rings} %"):
         assert number in text, number

@@ -35,12 +35,13 @@ from common import InputError  # noqa: E402
 from common.machine import keep_freed_memory  # noqa: E402
 
 NUM_SUBSETS, OF = 2_000, 5
-MAX_EPOCHS = 20  # of the judge's ensemble: as many as the runs' own had, on the bench
+MAX_EPOCHS = 20  # of the judge's ensemble: as many as the runs' own had that the table stands on
 COLUMNS = ("dataset", "algo", "variant", "seed", "updates", "score", *CRITERIA, "impossible")
 NOTE = """\
 Written by `python benchmarks/studies/selection.py`, whose head defines the columns; the criteria are defined at the
 head of select_run.py. It stands on {runs} runs of {sets} sets ({by_set}), each a row of [selection.csv](selection.csv).
-The ensemble that judges was fitted for {max_epochs} epochs.
+The ensemble that judges was fitted for {max_epochs} epochs, and so were the runs' own: the bench has
+[longer fits](README.md#what-a-short-fit-costs) now.
 
 **The least mean regret has {best}**: {regret} points below a set's best run, against {random} for a random run. Among
 {of} runs drawn at random the least is {regret_of_few} ({best_of_few}), against {random_of_few}. A criterion chosen on
