@@ -225,7 +225,7 @@ def make_pessimistic_mdp(dynamics: Dynamics, terminal_fn: Callable, data: Offlin
         raise InputError("MOReL compares elites: give --num-elites above 1, or another file to --dynamics")
     pairs = zip(data.obs.split(1_000), data.action.split(1_000))
     disc = torch.cat([discrepancy(dynamics.predict(obs, action)[0][dynamics.elites]) for obs, action in pairs])
-    halt, going_on = data.reward.min().item() - args.halt_offset, data.reward.mean().item() / (1 - args.gamma)
+    halt, going_on = data.reward.min().item() - args.halt_offset, (data.reward.mean() / (1 - args.gamma)).item()
     mdp = PessimisticMDP(dynamics, terminal_fn, threshold(disc, args.threshold_coef), halt)
     known = 100 * (disc <= mdp.threshold).double().mean().item()
     pays = f"halting pays {halt:.1f}, going on {going_on:.1f}"

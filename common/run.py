@@ -75,7 +75,7 @@ def start(main: Callable, Args: type[RunArgs], tuned: dict[str, dict]) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: the same command starts again and reuses what is cached")
+        sys.exit("stopped at once: a run with a checkpoint goes on with --resume, else the same command starts again")
 
 
 def read_args(Args: type[RunArgs], tuned: dict[str, dict]) -> RunArgs:
@@ -298,7 +298,7 @@ class Run:
             if penalty > size:
                 self._once("warning", "the penalty outweighs the rewards: lower its coefficient, or --standardise-obs")
         if (buffer := self.modules.get("buffer")) and buffer.size and buffer.rows[: buffer.size, -1].all():
-            self._once("warning", "every simulated trajectory ends with its first step: look at --termination")
+            self._once("warning", "every rollout ends with its first step: look at --termination, MOReL's threshold")
         # Q <= max r / (1 - gamma), or max r where that is negative and the episode ends; alpha pays log 2 a dimension
         best = reward.max().item() + values.get("alpha", 0.0) * self.data.action.shape[1] * math.log(2)
         horizon = 1 / (1 - args.gamma) if getattr(args, "gamma", 1.0) < 1 else math.inf

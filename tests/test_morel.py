@@ -11,6 +11,7 @@ from test_mopo import ACTION_DIM, OBS_DIM, REWARD, TERMINAL, never, small_args, 
 
 import algos.mopo as mopo
 import algos.morel as morel
+import algos.morel_npg as morel_npg
 from common import InputError
 from common.dynamics import Dynamics
 
@@ -137,6 +138,12 @@ def test_pessimistic_mdp_takes_its_threshold_from_all_rows_by_the_members_that_s
     assert f"percentile {100 * share:.2f} of the data; halting pays -34.0" in capsys.readouterr().out
     _, _, _, halted = mdp.step(data.obs, data.action, torch.arange(len(data.obs)), torch.zeros(len(data.obs), 4))
     assert halted.double().mean().item() == pytest.approx(1 - share)
+
+
+@pytest.mark.parametrize("script", [morel, morel_npg])
+def test_without_discount_going_on_for_ever_is_worth_more_than_any_halt(script, capsys):
+    script.make_pessimistic_mdp(Dynamics(OBS_DIM, ACTION_DIM, 4, 3, 8), never, random_data(), script.Args(gamma=1.0))
+    assert "going on inf" in capsys.readouterr().out
 
 
 def test_an_ensemble_with_a_lone_elite_is_refused():

@@ -713,7 +713,7 @@ def test_rollouts_that_all_end_at_once_are_warned_of(run, tmp_path, monkeypatch,
     (tmp_path / "at_once.py").write_text("def ends(obs, action, next_obs):\n    return obs[:, 0] < 2\n")
     monkeypatch.chdir(tmp_path)
     run("--termination", "at_once:ends")
-    assert capsys.readouterr().out.count("every simulated trajectory ends with its first step") == 1
+    assert capsys.readouterr().out.count("every rollout ends with its first step") == 1
 
 
 # --- Files that cannot be written ---
