@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -401,6 +402,12 @@ def record(name: str, grade: str, args: Args, training: dict | None = None) -> N
     print(f"{dataset_id}: recorded in {time.monotonic() - start:.0f} s", flush=True)
 
 
+def end_with_parent() -> None:
+    """Else a kill of the parent alone would leave its trainings behind."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def work(name: str, args: Args) -> None:
     """All that is asked for of one environment, in a process of its own."""
     torch.set_num_threads(1)
@@ -456,7 +463,7 @@ def main(args: Args) -> None:
         return
     if "medium-replay" in args.grades and not args.train:
         raise InputError("medium-replay is the replay of a training: add --train")
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         for future in [pool.submit(work, name, args) for name in args.envs]:
             future.result()
     print(table(args.envs))
