@@ -29,6 +29,7 @@ from benchmarks import grid  # noqa: E402
 from benchmarks.files import HomePaths, start  # noqa: E402
 from benchmarks.report import RESULTS, Cell, read_cells, read_folder, source_hash  # noqa: E402
 from common import InputError  # noqa: E402
+from common.dataset import load_dataset  # noqa: E402
 
 
 @dataclass
@@ -68,6 +69,16 @@ def find_cells(args: Args, dataset: str, run: grid.Run) -> tuple[Cell, list[floa
         if run.settings.get(name, value) != value:
             raise InputError(f"{folder} was made with {name} {value}, the grid says {run.settings[name]}: run it again")
     return cell, [c.facts["score"].var(ddof=1) for c in cells if len(c.runs) > 1 and c.protocol == cell.protocol]
+
+
+def check_data(cell: Cell) -> None:
+    """Raises InputError where the set is another recording here than the grid's seeds had."""
+    here, theirs = load_dataset(cell.dataset, trust=True).data_hash, cell.runs[0].about["data_hash"]
+    if here != theirs:
+        raise InputError(
+            f"{cell.dataset} has the hash {here} here, the grid's seeds had {theirs}: on other data they tell nothing; "
+            "a replay comes out the same on processors of the same kind only (benchmarks/results/data.md)"
+        )
 
 
 def planned_run(args: Args, dataset: str) -> grid.Run:
@@ -113,6 +124,7 @@ def main(args: Args) -> int:
         raise InputError(f"there is no {script}: name a script of algos/")
     run = planned_run(args, dataset)
     cell, variances = find_cells(args, dataset, run)
+    check_data(cell)
     train(run, args.code)
     score = read_folder(run.folder).facts()["score"]
     scores = cell.facts["score"]

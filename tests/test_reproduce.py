@@ -15,6 +15,7 @@ from common import InputError
 from tests.test_report import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
+RANDOM_DATA = "3451fb796ecb5a8a9918b55a116c19f0"  # as in every csv of pendulum/random-v0
 
 
 @pytest.mark.parametrize("df, value", [(1, 12.706), (2, 4.303), (4, 2.776), (8, 2.306), (30, 2.042)])
@@ -50,7 +51,7 @@ def gate(tmp_path, monkeypatch):
         for seed, value in returns.items():
             args = {"dataset": "pendulum/random-v0", "env_id": "", "seed": seed, "num_updates": 20, "score_evals": 2}
             folder = tmp_path / "made" / f"pendulum-random-v0__{algo}__{seed}"
-            scored(make_run(folder, [value] * 2, args=args, algo=algo))
+            scored(make_run(folder, [value] * 2, args=args, algo=algo, hash=RANDOM_DATA))
     from benchmarks import report
 
     report.import_runs(report.Args((tmp_path / "made",), out_dir=tmp_path / "results" / "default"), set())
@@ -116,6 +117,13 @@ def test_results_of_other_settings_are_refused(gate, tmp_path):
         path.write_text(path.read_text().replace('"score_evals": 2, ', '"score_evals": 2, "penalty_coef": 7.0, ', 1))
         path.write_text(path.read_text().replace('"settings": {', '"settings": {"penalty_coef": 7.0, '))
     with pytest.raises(InputError, match="was made with penalty_coef 7.0, the grid says 0.5"):
+        gate(-150.0)
+
+
+def test_seeds_that_had_other_data_are_refused_before_anything_is_trained(gate, tmp_path):
+    for path in (tmp_path / "results" / "default" / "runs").glob("*mopo*"):
+        path.write_text(path.read_text().replace(RANDOM_DATA, "0" * 32))
+    with pytest.raises(InputError, match=f"has the hash {RANDOM_DATA} here, the grid's seeds had 0{{32}}"):
         gate(-150.0)
 
 
