@@ -224,10 +224,9 @@ def test_a_training_that_is_killed_goes_on_and_ends_the_same(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_trainings_end_with_the_recorder_that_is_killed(tmp_path):
-    command = [sys.executable, "benchmarks/collect.py", "--train", "--envs", "inverteddoublependulum"]
-    environ = os.environ | {"OFFLINE_MBRL_CACHE": str(tmp_path), "MINARI_DATASETS_PATH": str(tmp_path)}
-    with subprocess.Popen(command, env=environ, cwd=collect.POLICIES.parents[1], stderr=subprocess.PIPE) as recorder:
+def test_trainings_end_with_the_recorder_that_is_killed():
+    asked = ["--train", "--envs", "inverteddoublependulum", "--grades", "medium-replay"]
+    with subprocess.Popen([sys.executable, collect.__file__, *asked], stderr=subprocess.PIPE) as recorder:
         recorder.stderr.read(1)  # the training's bar, of the child
         recorder.kill()
         recorder.communicate(timeout=60)  # comes back when the last process that could write to stderr has ended

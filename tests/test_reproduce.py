@@ -125,6 +125,7 @@ def test_seeds_that_had_other_data_are_refused_before_anything_is_trained(gate, 
         path.write_text(path.read_text().replace(RANDOM_DATA, "0" * 32))
     with pytest.raises(InputError, match=f"has the hash {RANDOM_DATA} here, the grid's seeds had 0{{32}}"):
         gate(-150.0)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_edited_code_has_a_folder_of_its_own_and_the_same_code_goes_on(tmp_path):
