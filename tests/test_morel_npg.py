@@ -394,7 +394,7 @@ def test_the_policy_learns_to_walk_around_a_hole_in_the_data(threshold, avoids):
     agent = npg.Agent(2, 2, args)
     agent.value.scale.fill_(10.0)
     starts = torch.tensor([-1.5, 0.2]) + 0.1 * torch.randn(60, 2)
-    for _ in range(30):
+    for _ in range(100):
         npg.update(agent, *npg.rollout(mdp, agent.actor, starts, 20)[:4], args)
     with torch.no_grad():
         obs, nearest = starts, torch.full((60,), math.inf)
