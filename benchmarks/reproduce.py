@@ -77,7 +77,7 @@ def check_data(cell: Cell) -> None:
     if here != theirs:
         raise InputError(
             f"{cell.dataset} has the hash {here} here, the grid's seeds had {theirs}: on other data they tell nothing; "
-            "a replay comes out the same on processors of the same kind only (benchmarks/results/data.md)"
+            "which processors record the same replay, and how: benchmarks/results/data.md"
         )
 
 
