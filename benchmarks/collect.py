@@ -22,6 +22,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -464,8 +465,12 @@ def main(args: Args) -> None:
     if "medium-replay" in args.grades and not args.train:
         raise InputError("medium-replay is the replay of a training: add --train")
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        for future in [pool.submit(work, name, args) for name in args.envs]:
-            future.result()
+        try:
+            for future in [pool.submit(work, name, args) for name in args.envs]:
+                future.result()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would break the queue that ends the workers
+            raise
     print(table(args.envs))
 
 

@@ -1,8 +1,11 @@
 """benchmarks/collect.py: episodes of exactly as many steps as asked for, grades, the committed policies, resuming."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,3 +233,23 @@ def test_trainings_end_with_the_recorder_that_is_killed():
         recorder.stderr.read(1)  # the training's bar, of the child
         recorder.kill()
         recorder.communicate(timeout=60)  # comes back when the last process that could write to stderr has ended
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a process group is interrupted")
+def test_ctrl_c_twice_ends_the_recorder():
+    asked = ["--train", "--envs", "inverteddoublependulum", "--grades", "medium-replay"]
+    command, pipe = [sys.executable, collect.__file__, *asked], subprocess.PIPE
+    interruptible = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    with subprocess.Popen(command, stderr=pipe, start_new_session=True, preexec_fn=interruptible) as recorder:
+        try:
+            recorder.stderr.read(1)
+            time.sleep(5)  # amid the training
+            for _ in range(2):
+                os.killpg(recorder.pid, signal.SIGINT)
+                time.sleep(0.01)
+            recorder.communicate(timeout=30)
+        finally:
+            with suppress(ProcessLookupError):  # where all of them have ended
+                os.killpg(recorder.pid, signal.SIGKILL)
+    assert recorder.returncode == 130
